@@ -1,0 +1,326 @@
+"""Where the tokens of each sequence lie: the one place that knows padding, packing and prompt sharing.
+
+Every operation takes flat token states ``[T, d]`` and one `SequenceLayout`. A sequence reads up to two ranges
+of tokens, first ``[start0, stop0)``, then ``[start1, stop1)``; each token has one role. Nothing else about the
+batch reaches a kernel, so one kernel serves padded, packed and prompt-shared batches.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+__all__ = ["SequenceLayout", "TokenRole"]
+
+_INT32_MAX = 2**31 - 1
+
+
+class TokenRole(enum.IntEnum):
+    """What a token is to its sequence. Stored as int8, one per token."""
+
+    PADDING = 0
+    PROMPT = 1
+    RESPONSE = 2
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceLayout:
+    """Token ranges and roles of a batch of ``B`` sequences over ``T`` token slots.
+
+    Build one with `padded`, `packed` or `shared_prompts`; the constructor itself checks nothing. Token indices
+    are int32 (``T < 2**31``); offsets of elements derived from them must be int64.
+
+    Attributes:
+        ranges: int32 ``[B, 4]``, ``(start0, stop0, start1, stop1)`` per sequence, empty ranges as ``(0, 0)``.
+            A prompt-shared sequence reads its prompt, then its own response; any other reads one range.
+        roles: int8 ``[T]``, a `TokenRole` per token slot.
+        last_response: int32 ``[B]``, index ``tau`` of the last response token.
+        prompt_lengths: int32 ``[B]``, number of prompt tokens of each sequence.
+        response_lengths: int32 ``[B]``, number of response tokens of each sequence (at least one).
+        query_ranges: int32 ``[G, 2]``. Attention groups: every non-padding token lies in exactly one.
+        key_ranges: int32 ``[G, 4]``, what the queries of a group see: (before its own range, its own range).
+        max_length: tokens of the longest sequence.
+        num_tokens: ``T``.
+        has_padding: whether any token slot has the role padding.
+        shares_prompts: whether the layout was built by `shared_prompts`.
+        padded_shape: ``(B, L)`` of a padded batch, else None.
+    """
+
+    ranges: Tensor
+    roles: Tensor
+    last_response: Tensor
+    prompt_lengths: Tensor
+    response_lengths: Tensor
+    query_ranges: Tensor
+    key_ranges: Tensor
+    max_length: int
+    num_tokens: int
+    has_padding: bool = False
+    shares_prompts: bool = False
+    padded_shape: tuple[int, int] | None = None
+
+    # ---- construction -------------------------------------------------------------------------------------
+
+    @classmethod
+    def padded(cls, attention_mask: Tensor, response_mask: Tensor) -> SequenceLayout:
+        """Layout of a padded batch: states are the ``[B*L, d]`` view of ``[B, L, d]``.
+
+        Args:
+            attention_mask: ``[B, L]`` bool, integer or float; nonzero marks a token of the sequence. The tokens
+                of a row are one unbroken run (padding left, right or on both sides).
+            response_mask: ``[B, L]``; nonzero marks a response token, in any pattern (several turns). What it
+                says of padding does not matter.
+
+        Raises:
+            ValueError: shapes differ or are not ``[B, L]``; a row has a gap; a sequence has no response token.
+        """
+        _check_mask("attention_mask", attention_mask)
+        _check_mask("response_mask", response_mask)
+        if attention_mask.shape != response_mask.shape:
+            raise ValueError(
+                f"response_mask: shape {tuple(response_mask.shape)} came, expected that of attention_mask, "
+                f"{tuple(attention_mask.shape)}"
+            )
+        device = attention_mask.device
+        real = attention_mask.detach().cpu() != 0  # the one synchronisation: layouts are described on the host
+        response = (response_mask.detach().cpu() != 0) & real
+        batch, length = real.shape
+        _check_token_count(batch * length)
+        column = torch.arange(length)
+        start = torch.where(real, column, length).amin(dim=1) if length else torch.zeros(batch, dtype=torch.long)
+        stop = torch.where(real, column + 1, 0).amax(dim=1) if length else torch.zeros(batch, dtype=torch.long)
+        counts = real.sum(dim=1)
+        if bool(((stop - start).clamp(min=0) != counts).any()):
+            row = int(((stop - start).clamp(min=0) != counts).nonzero()[0])
+            raise ValueError(
+                f"attention_mask: row {row} has a gap between its tokens; expected one unbroken run of ones"
+            )
+        response_lengths = response.sum(dim=1)
+        _check_responses(response_lengths)
+        last = torch.where(response, column, -1).amax(dim=1) if length else torch.zeros(batch, dtype=torch.long)
+        offset = torch.arange(batch) * length
+        begin, end = offset + start.clamp(max=length), offset + stop
+        empty = torch.zeros_like(begin)
+        roles = torch.where(response, TokenRole.RESPONSE, torch.where(real, TokenRole.PROMPT, TokenRole.PADDING))
+        return cls(
+            ranges=_int32(torch.stack([begin, end, empty, empty], dim=1)),
+            roles=roles.to(torch.int8).flatten(),
+            last_response=_int32(offset + last),
+            prompt_lengths=_int32(counts - response_lengths),
+            response_lengths=_int32(response_lengths),
+            query_ranges=_int32(torch.stack([begin, end], dim=1)),
+            key_ranges=_int32(torch.stack([empty, empty, begin, end], dim=1)),
+            max_length=int(counts.max()) if batch else 0,
+            num_tokens=batch * length,
+            has_padding=not bool(real.all()),
+            padded_shape=(batch, length),
+        ).to(device)
+
+    @classmethod
+    def packed(
+        cls,
+        prompt_lengths: Sequence[int] | Tensor,
+        response_lengths: Sequence[int] | Tensor,
+        device: torch.device | str | None = None,
+    ) -> SequenceLayout:
+        """Layout without padding: prompt 0, response 0, prompt 1, response 1, ...
+
+        Args:
+            prompt_lengths: ``[B]`` tokens of each prompt, zero allowed.
+            response_lengths: ``[B]`` tokens of each response, at least one.
+            device: where the layout lives; default the device of `prompt_lengths` if a tensor, else the CPU.
+
+        Raises:
+            ValueError: the two differ in length, a length is negative, or a response is empty.
+        """
+        device = _device_of(prompt_lengths, device)
+        prompts = _lengths("prompt_lengths", prompt_lengths)
+        responses = _lengths("response_lengths", response_lengths)
+        if len(prompts) != len(responses):
+            raise ValueError(
+                f"response_lengths: {len(responses)} lengths came, expected one per prompt, {len(prompts)}"
+            )
+        _check_responses(responses)
+        stop = torch.cumsum(prompts + responses, dim=0)
+        start = stop - prompts - responses
+        total = int(stop[-1]) if len(stop) else 0
+        _check_token_count(total)
+        empty = torch.zeros_like(start)
+        return cls(
+            ranges=_int32(torch.stack([start, stop, empty, empty], dim=1)),
+            roles=_alternating_roles(torch.stack([prompts, responses], dim=1).flatten()),
+            last_response=_int32(stop - 1),
+            prompt_lengths=_int32(prompts),
+            response_lengths=_int32(responses),
+            query_ranges=_int32(torch.stack([start, stop], dim=1)),
+            key_ranges=_int32(torch.stack([empty, empty, start, stop], dim=1)),
+            max_length=int((prompts + responses).max()) if len(prompts) else 0,
+            num_tokens=total,
+        ).to(device)
+
+    @classmethod
+    def shared_prompts(
+        cls,
+        prompt_lengths: Sequence[int] | Tensor,
+        response_lengths: Sequence[Sequence[int] | Tensor],
+        device: torch.device | str | None = None,
+    ) -> SequenceLayout:
+        """Layout in which the candidates of one prompt share its tokens: prompt 0, all its responses, prompt 1, ...
+
+        Sequences are numbered in that order; sequence ``b`` reads its prompt's range, then its own response.
+
+        Args:
+            prompt_lengths: ``[P]`` tokens of each prompt, zero allowed.
+            response_lengths: for each prompt the lengths of its candidates' responses, at least one token each.
+            device: as in `packed`.
+
+        Raises:
+            ValueError: not one list per prompt, a length is negative, or a response is empty.
+        """
+        device = _device_of(prompt_lengths, device)
+        prompts = _lengths("prompt_lengths", prompt_lengths)
+        per_prompt = [_lengths(f"response_lengths[{i}]", lengths) for i, lengths in enumerate(response_lengths)]
+        if len(per_prompt) != len(prompts):
+            raise ValueError(
+                f"response_lengths: {len(per_prompt)} lists came, expected one per prompt, {len(prompts)}"
+            )
+        candidates = torch.tensor([len(lengths) for lengths in per_prompt], dtype=torch.long)
+        responses = torch.cat(per_prompt) if per_prompt else torch.zeros(0, dtype=torch.long)
+        _check_responses(responses)
+        # Pieces in storage order: each prompt followed by its responses.
+        prompt_piece = torch.arange(len(prompts)) + torch.cumsum(candidates, 0) - candidates
+        owner = torch.repeat_interleave(torch.arange(len(prompts)), candidates)
+        response_piece = torch.arange(len(responses)) + owner + 1
+        lengths = torch.zeros(len(prompts) + len(responses), dtype=torch.long)
+        lengths[prompt_piece], lengths[response_piece] = prompts, responses
+        piece_roles = torch.full_like(lengths, int(TokenRole.PROMPT))
+        piece_roles[response_piece] = int(TokenRole.RESPONSE)
+        stop = torch.cumsum(lengths, 0)
+        start = stop - lengths
+        total = int(stop[-1]) if len(stop) else 0
+        _check_token_count(total)
+        prompt_range = torch.stack([start[prompt_piece], stop[prompt_piece]], dim=1)
+        response_range = torch.stack([start[response_piece], stop[response_piece]], dim=1)
+        ranges = torch.cat([prompt_range[owner], response_range], dim=1)
+        nothing = torch.zeros_like(prompt_range)
+        return cls(
+            ranges=_int32(ranges),
+            roles=torch.repeat_interleave(piece_roles, lengths).to(torch.int8),
+            last_response=_int32(response_range[:, 1] - 1),
+            prompt_lengths=_int32(prompts[owner]),
+            response_lengths=_int32(responses),
+            query_ranges=_int32(torch.cat([prompt_range, response_range])),
+            key_ranges=_int32(torch.cat([torch.cat([nothing, prompt_range], dim=1), ranges])),
+            max_length=int((prompts[owner] + responses).max()) if len(responses) else 0,
+            num_tokens=total,
+            shares_prompts=True,
+        ).to(device)
+
+    # ---- use ----------------------------------------------------------------------------------------------
+
+    @property
+    def num_sequences(self) -> int:
+        """``B``."""
+        return self.ranges.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the index tensors live."""
+        return self.ranges.device
+
+    def to(self, device: torch.device | str) -> SequenceLayout:
+        """The same layout with its tensors on `device`."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device) for k, v in tensors.items() if isinstance(v, Tensor)})
+
+    def position_ids(self) -> Tensor:
+        """int64 ``[T]``: the place of each token in its own sequence, from 0; padding gets 0.
+
+        A shared prompt counts from 0 and every response goes on where its prompt ends, so all candidates of a
+        prompt of ``n`` tokens start at position ``n``.
+        """
+        positions = torch.zeros(self.num_tokens, dtype=torch.long, device=self.device)
+        if self.query_ranges.shape[0] == 0:
+            return positions
+        start, stop = self.query_ranges.long().unbind(1)
+        before = (self.key_ranges[:, 1] - self.key_ranges[:, 0]).long()
+        group = torch.repeat_interleave(torch.arange(len(start), device=self.device), stop - start)
+        within = torch.arange(len(group), device=self.device) - torch.repeat_interleave(
+            torch.cumsum(stop - start, 0) - (stop - start), stop - start
+        )
+        positions[start[group] + within] = before[group] + within
+        return positions
+
+    def without_padding(self) -> tuple[Tensor, SequenceLayout]:
+        """The layout of the same sequences with the padding slots taken out.
+
+        Returns:
+            ``(kept, layout)``: int64 ``[T']`` indices of the kept tokens, so that ``hidden[kept]`` are the
+            states that `layout` describes. A layout without padding returns itself and all indices.
+        """
+        kept = (self.roles != TokenRole.PADDING).nonzero().squeeze(1)
+        if not self.has_padding:
+            return kept, self
+        new = torch.zeros(self.num_tokens + 1, dtype=torch.long, device=self.device)
+        new[1:] = torch.cumsum(self.roles != TokenRole.PADDING, 0)  # tokens kept before each slot
+        moved = {
+            name: new[getattr(self, name).long()].to(torch.int32)
+            for name in ("ranges", "last_response", "query_ranges", "key_ranges")
+        }
+        return kept, replace(
+            self,
+            **moved,
+            roles=self.roles[kept],
+            num_tokens=int(kept.numel()),
+            has_padding=False,
+            padded_shape=None,
+        )
+
+
+def _check_mask(name: str, mask: Tensor) -> None:
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        came = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"{name}: {came} came, expected a tensor of shape [B, L]")
+
+
+def _check_token_count(total: int) -> None:
+    if total > _INT32_MAX:
+        raise ValueError(f"{total} token slots came, expected fewer than 2**31 (token indices are int32)")
+
+
+def _check_responses(response_lengths: Tensor) -> None:
+    if bool((response_lengths < 1).any()):
+        sequence = int((response_lengths < 1).nonzero()[0])
+        raise ValueError(f"sequence {sequence} has no response token; expected at least one")
+
+
+def _device_of(lengths: object, device: torch.device | str | None) -> torch.device | str:
+    if device is not None:
+        return device
+    return lengths.device if isinstance(lengths, Tensor) else "cpu"
+
+
+def _lengths(name: str, values: Sequence[int] | Tensor) -> Tensor:
+    tensor = torch.as_tensor(values).detach().cpu()
+    if tensor.numel() == 0:
+        tensor = tensor.long()
+    if tensor.dim() != 1 or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(
+            f"{name}: {tensor.dtype} of shape {tuple(tensor.shape)} came, expected integers of shape [N]"
+        )
+    if bool((tensor < 0).any()):
+        raise ValueError(f"{name}[{int((tensor < 0).nonzero()[0])}] is negative; expected token counts")
+    return tensor.long()
+
+
+def _alternating_roles(lengths: Tensor) -> Tensor:
+    roles = torch.tensor([TokenRole.PROMPT, TokenRole.RESPONSE], dtype=torch.int8).repeat(len(lengths) // 2)
+    return torch.repeat_interleave(roles, lengths)
+
+
+def _int32(values: Tensor) -> Tensor:
+    return values.to(torch.int32)
