@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,6 @@ class SequenceLayout:
         query_ranges: int32 ``[G, 2]``. Attention groups: every non-padding token lies in exactly one.
         key_ranges: int32 ``[G, 4]``, what the queries of a group see: (before its own range, its own range).
         max_length: tokens of the longest sequence.
-        num_tokens: ``T``.
         has_padding: whether any token slot has the role padding.
         shares_prompts: whether the layout was built by `shared_prompts`.
         padded_shape: ``(B, L)`` of a padded batch, else None.
@@ -58,12 +58,9 @@ class SequenceLayout:
     query_ranges: Tensor
     key_ranges: Tensor
     max_length: int
-    num_tokens: int
     has_padding: bool = False
     shares_prompts: bool = False
     padded_shape: tuple[int, int] | None = None
-
-    # ---- construction -------------------------------------------------------------------------------------
 
     @classmethod
     def padded(cls, attention_mask: Tensor, response_mask: Tensor) -> SequenceLayout:
@@ -86,13 +83,19 @@ class SequenceLayout:
                 f"{tuple(attention_mask.shape)}"
             )
         device = attention_mask.device
-        real = attention_mask.detach().cpu() != 0  # the one synchronisation: layouts are described on the host
+        real = (
+            attention_mask.detach().cpu() != 0
+        )  # the one synchronisation: layouts are described on the host
         response = (response_mask.detach().cpu() != 0) & real
         batch, length = real.shape
         _check_token_count(batch * length)
         column = torch.arange(length)
-        start = torch.where(real, column, length).amin(dim=1) if length else torch.zeros(batch, dtype=torch.long)
-        stop = torch.where(real, column + 1, 0).amax(dim=1) if length else torch.zeros(batch, dtype=torch.long)
+        start = (
+            torch.where(real, column, length).amin(dim=1) if length else torch.zeros(batch, dtype=torch.long)
+        )
+        stop = (
+            torch.where(real, column + 1, 0).amax(dim=1) if length else torch.zeros(batch, dtype=torch.long)
+        )
         counts = real.sum(dim=1)
         if bool(((stop - start).clamp(min=0) != counts).any()):
             row = int(((stop - start).clamp(min=0) != counts).nonzero()[0])
@@ -101,11 +104,15 @@ class SequenceLayout:
             )
         response_lengths = response.sum(dim=1)
         _check_responses(response_lengths)
-        last = torch.where(response, column, -1).amax(dim=1) if length else torch.zeros(batch, dtype=torch.long)
+        last = (
+            torch.where(response, column, -1).amax(dim=1) if length else torch.zeros(batch, dtype=torch.long)
+        )
         offset = torch.arange(batch) * length
         begin, end = offset + start.clamp(max=length), offset + stop
         empty = torch.zeros_like(begin)
-        roles = torch.where(response, TokenRole.RESPONSE, torch.where(real, TokenRole.PROMPT, TokenRole.PADDING))
+        roles = torch.where(
+            response, TokenRole.RESPONSE, torch.where(real, TokenRole.PROMPT, TokenRole.PADDING)
+        )
         return cls(
             ranges=_int32(torch.stack([begin, end, empty, empty], dim=1)),
             roles=roles.to(torch.int8).flatten(),
@@ -115,7 +122,6 @@ class SequenceLayout:
             query_ranges=_int32(torch.stack([begin, end], dim=1)),
             key_ranges=_int32(torch.stack([empty, empty, begin, end], dim=1)),
             max_length=int(counts.max()) if batch else 0,
-            num_tokens=batch * length,
             has_padding=not bool(real.all()),
             padded_shape=(batch, length),
         ).to(device)
@@ -159,7 +165,6 @@ class SequenceLayout:
             query_ranges=_int32(torch.stack([start, stop], dim=1)),
             key_ranges=_int32(torch.stack([empty, empty, start, stop], dim=1)),
             max_length=int((prompts + responses).max()) if len(prompts) else 0,
-            num_tokens=total,
         ).to(device)
 
     @classmethod
@@ -183,7 +188,9 @@ class SequenceLayout:
         """
         device = _device_of(prompt_lengths, device)
         prompts = _lengths("prompt_lengths", prompt_lengths)
-        per_prompt = [_lengths(f"response_lengths[{i}]", lengths) for i, lengths in enumerate(response_lengths)]
+        per_prompt = [
+            _lengths(f"response_lengths[{i}]", lengths) for i, lengths in enumerate(response_lengths)
+        ]
         if len(per_prompt) != len(prompts):
             raise ValueError(
                 f"response_lengths: {len(per_prompt)} lists came, expected one per prompt, {len(prompts)}"
@@ -216,16 +223,18 @@ class SequenceLayout:
             query_ranges=_int32(torch.cat([prompt_range, response_range])),
             key_ranges=_int32(torch.cat([torch.cat([nothing, prompt_range], dim=1), ranges])),
             max_length=int((prompts[owner] + responses).max()) if len(responses) else 0,
-            num_tokens=total,
             shares_prompts=True,
         ).to(device)
-
-    # ---- use ----------------------------------------------------------------------------------------------
 
     @property
     def num_sequences(self) -> int:
         """``B``."""
         return self.ranges.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """``T``, padding slots included."""
+        return self.roles.shape[0]
 
     @property
     def device(self) -> torch.device:
@@ -234,8 +243,9 @@ class SequenceLayout:
 
     def to(self, device: torch.device | str) -> SequenceLayout:
         """The same layout with its tensors on `device`."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device) for k, v in tensors.items() if isinstance(v, Tensor)})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
     def position_ids(self) -> Tensor:
         """int64 ``[T]``: the place of each token in its own sequence, from 0; padding gets 0.
@@ -267,7 +277,7 @@ class SequenceLayout:
             return kept, self
         new = torch.zeros(self.num_tokens + 1, dtype=torch.long, device=self.device)
         new[1:] = torch.cumsum(self.roles != TokenRole.PADDING, 0)  # tokens kept before each slot
-        moved = {
+        moved: dict[str, Any] = {
             name: new[getattr(self, name).long()].to(torch.int32)
             for name in ("ranges", "last_response", "query_ranges", "key_ranges")
         }
@@ -275,7 +285,6 @@ class SequenceLayout:
             self,
             **moved,
             roles=self.roles[kept],
-            num_tokens=int(kept.numel()),
             has_padding=False,
             padded_shape=None,
         )

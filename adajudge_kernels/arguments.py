@@ -1,0 +1,78 @@
+"""Checks of the operations' arguments: each error names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from adajudge_kernels.layout import SequenceLayout
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_DEPTHS = 8
+MAX_FEATURES = 16384
+
+
+def check_layout(layout: object) -> None:
+    """`layout` is a `SequenceLayout`."""
+    if not isinstance(layout, SequenceLayout):
+        raise ValueError(f"layout: {type(layout).__name__} came, expected a SequenceLayout")
+
+
+def check_float(name: str, x: object, dims: int, form: str) -> None:
+    """`x` is a floating point tensor of `dims` dimensions; `form` is how they are written, e.g. ``[T, d]``."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name}: {type(x).__name__} came, expected a tensor {form}")
+    if x.dim() != dims:
+        raise ValueError(f"{name}: shape {tuple(x.shape)} came, expected {form}")
+    if x.dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            f"{name}: dtype {x.dtype} came, expected float32, bfloat16 or float16 (float64 for checking)"
+        )
+
+
+def check_states(name: str, hidden: object, layout: SequenceLayout) -> None:
+    """`hidden` is ``[T, d]`` over the layout's T tokens, on its device."""
+    check_float(name, hidden, 2, "[T, d]")
+    assert isinstance(hidden, Tensor)
+    if hidden.shape[0] != layout.num_tokens:
+        raise ValueError(
+            f"{name}: shape {tuple(hidden.shape)} came, expected [{layout.num_tokens}, d] for this layout"
+        )
+    if not 1 <= hidden.shape[1] <= MAX_FEATURES:
+        raise ValueError(f"{name}: {hidden.shape[1]} features came, expected 1 to {MAX_FEATURES}")
+    if hidden.device != layout.device:
+        raise ValueError(
+            f"{name}: on {hidden.device}, but the layout is on {layout.device}; use layout.to(..)"
+        )
+
+
+def check_like(name: str, x: object, shape: tuple[int, ...], other: Tensor, other_name: str) -> None:
+    """`x` is floating point of exactly `shape`, on the device of `other`, and fp64 only if `other` is."""
+    check_float(name, x, len(shape), str(list(shape)))
+    assert isinstance(x, Tensor)
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name}: shape {tuple(x.shape)} came, expected {list(shape)}")
+    if x.device != other.device:
+        raise ValueError(f"{name}: on {x.device}, but {other_name} is on {other.device}")
+    if (x.dtype == torch.float64) != (other.dtype == torch.float64):
+        raise ValueError(
+            f"{name}: dtype {x.dtype} came with {other_name} of {other.dtype}; "
+            "float64 is for checking and goes with float64 only"
+        )
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """`value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: {value!r} came, expected one of {', '.join(map(repr, choices))}")
+
+
+def check_number(name: str, value: object, low: float, inclusive: bool = True) -> None:
+    """`value` is a finite number, at least (or above) `low`."""
+    word = "at least" if inclusive else "above"
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name}: {value!r} came, expected a finite number {word} {low}")
+    if value < low or (value == low and not inclusive):
+        raise ValueError(f"{name}: {value!r} came, expected a number {word} {low}")

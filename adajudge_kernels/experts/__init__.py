@@ -1,0 +1,1 @@
+"""Gated expert combination: three view scores mixed by a router."""

@@ -1,0 +1,293 @@
+"""The layers of an AdaJudge head, stage by stage, and the head itself.
+
+Parameters may be kept in another dtype than the states (fp32 master weights with bf16 states): matrix products
+run in the dtype of the states, norms, softmax, pooling, experts and router in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from adajudge_kernels.experts.ops import CombinedReward, ExpertWeights, gated_expert_combination
+from adajudge_kernels.layout import SequenceLayout, TokenRole
+from adajudge_kernels.pooling.ops import PooledViews, check_depths, depth_gate, multi_view_pool
+from adajudge_kernels.refinement.ops import residual_rms_norm, sequence_attention, swiglu
+
+__all__ = [
+    "AdaJudgeHead",
+    "DepthGate",
+    "DepthGatedRefinement",
+    "ExpertCombination",
+    "JudgeOutput",
+    "MultiViewPooling",
+    "RefinementBlock",
+]
+
+
+class JudgeOutput(NamedTuple):
+    """What the head says of each of the B sequences, all fp32."""
+
+    reward: Tensor  # [B]
+    view_scores: Tensor  # [B, 3], s_v in the order last, mean, attention
+    view_weights: Tensor  # [B, 3], the router's pi
+    depth_weights: Tensor  # [B, K], alpha
+
+
+class DepthGate(nn.Module):
+    """``alpha = softmax(W_d c + b_d)`` over K depths, c the mean of a sequence's H0 (paper, Stage I).
+
+    Starts uniform: W_d and b_d are zero.
+    """
+
+    def __init__(self, hidden_size: int, num_blocks: int) -> None:
+        super().__init__()
+        check_depths("num_blocks", num_blocks)
+        self.weight = nn.Parameter(torch.zeros(num_blocks, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(num_blocks))
+
+    def forward(self, hidden: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+        """``hidden [T, d]`` -> depth weights ``[B, K]`` and prompt mean ``[B, d]``, fp32."""
+        return depth_gate(hidden, self.weight, self.bias, layout)
+
+
+def default_num_heads(hidden_size: int) -> int:
+    """Heads of 128 features where they divide the width, else of 64 or 32, else one head."""
+    return next((hidden_size // size for size in (128, 64, 32) if hidden_size % size == 0), 1)
+
+
+class RefinementBlock(nn.Module):
+    """A light transformer block ``T_k``: ``u = x + Attn(RMSNorm(x))``, ``y = u + SwiGLU(RMSNorm(u))``.
+
+    No positional encoding: the backbone's states carry position. Output and down projections start at zero, so
+    the block starts as the identity.
+
+    Args:
+        hidden_size: d.
+        num_heads: attention heads; default from `default_num_heads`.
+        intermediate_size: width f of the SwiGLU; default d.
+        causal: whether attention is causal; False excludes prompt-shared layouts.
+        eps: of the norms.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int | None = None,
+        intermediate_size: int | None = None,
+        causal: bool = True,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        heads = default_num_heads(hidden_size) if num_heads is None else num_heads
+        if heads < 1 or hidden_size % heads:
+            raise ValueError(f"num_heads: {heads} came, expected a divisor of hidden_size {hidden_size}")
+        width = hidden_size if intermediate_size is None else intermediate_size
+        self.num_heads, self.causal, self.eps = heads, causal, eps
+        self.attention_norm = nn.Parameter(torch.ones(hidden_size))
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.output = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.mlp_norm = nn.Parameter(torch.ones(hidden_size))
+        self.gate_up = nn.Linear(hidden_size, 2 * width, bias=False)
+        self.down = nn.Linear(width, hidden_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Identity at the start: zero output and down projections, the others ``N(0, 1/d)``."""
+        for layer in (self.qkv, self.gate_up):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+        for layer in (self.output, self.down):
+            nn.init.zeros_(layer.weight)
+        for norm in (self.attention_norm, self.mlp_norm):
+            nn.init.ones_(norm)
+
+    def forward(self, hidden: Tensor, layout: SequenceLayout) -> Tensor:
+        """``[T, d] -> [T, d]``; rows of padding come out as zero."""
+        if layout.has_padding:
+            hidden = torch.where((layout.roles != TokenRole.PADDING)[:, None], hidden, 0)
+        _, normed = residual_rms_norm(hidden, None, self.attention_norm, self.eps)
+        projected = _product(normed, self.qkv).unflatten(-1, (3, self.num_heads, -1))
+        query, key, value = projected.unbind(1)
+        attended = sequence_attention(query, key, value, layout, self.causal).flatten(1)
+        hidden, normed = residual_rms_norm(hidden, _product(attended, self.output), self.mlp_norm, self.eps)
+        return hidden + _product(swiglu(_product(normed, self.gate_up)), self.down)
+
+
+def _product(x: Tensor, layer: nn.Linear) -> Tensor:
+    return F.linear(x, layer.weight.to(x.dtype)).to(x.dtype)
+
+
+class DepthGatedRefinement(nn.Module):
+    """K refinement blocks in series and the gate that weighs them (paper, Stage I).
+
+    Args: as of `RefinementBlock`, and num_blocks: K, 1 to 8.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_blocks: int = 3,
+        num_heads: int | None = None,
+        intermediate_size: int | None = None,
+        causal: bool = True,
+    ) -> None:
+        super().__init__()
+        self.gate = DepthGate(hidden_size, num_blocks)
+        self.blocks = nn.ModuleList(
+            RefinementBlock(hidden_size, num_heads, intermediate_size, causal) for _ in range(num_blocks)
+        )
+        self.gradient_checkpointing = False
+
+    def forward(self, hidden: Tensor, layout: SequenceLayout) -> tuple[list[Tensor], Tensor, Tensor]:
+        """``hidden [T, d]`` -> states ``H_1..H_K``, depth weights ``[B, K]``, prompt mean ``[B, d]``.
+
+        The weighted sum of the states is left to `MultiViewPooling`, which never writes it.
+        """
+        depth_weights, prompt_mean = self.gate(hidden, layout)
+        states: list[Tensor] = []
+        for block in self.blocks:
+            if self.gradient_checkpointing and self.training:
+                hidden = checkpoint(block, hidden, layout, use_reentrant=False)
+            else:
+                hidden = block(hidden, layout)
+            states.append(hidden)
+        return states, depth_weights, prompt_mean
+
+
+class MultiViewPooling(nn.Module):
+    """Last, mean and attention view of the depth-weighted states (paper, Stage II).
+
+    Args:
+        hidden_size: d.
+        attention_tokens: ``"all"`` tokens of the sequence, or only its ``"response"``.
+    """
+
+    def __init__(self, hidden_size: int, attention_tokens: str = "all") -> None:
+        super().__init__()
+        if attention_tokens not in ("all", "response"):
+            raise ValueError(f"attention_tokens: {attention_tokens!r} came, expected 'all' or 'response'")
+        self.attention_tokens = attention_tokens
+        self.attention_weight = nn.Parameter(torch.zeros(hidden_size))
+        self.attention_bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, states: list[Tensor], depth_weights: Tensor, layout: SequenceLayout) -> PooledViews:
+        """K states ``[T, d]``, depth weights ``[B, K]`` -> `PooledViews`, each ``[B, d]`` fp32."""
+        return multi_view_pool(
+            states, depth_weights, self.attention_weight, self.attention_bias, layout, self.attention_tokens
+        )
+
+
+class ExpertCombination(nn.Module):
+    """Three view MLPs and the router that mixes their scores (paper, Stage III).
+
+    The router's output layer starts at zero, so all views count alike at first.
+
+    Args:
+        hidden_size: d.
+        expert_hidden_size: h of each view MLP.
+        router_hidden_size: h_r of the router.
+    """
+
+    def __init__(
+        self, hidden_size: int, expert_hidden_size: int = 256, router_hidden_size: int = 256
+    ) -> None:
+        super().__init__()
+        d, h, h_r = hidden_size, expert_hidden_size, router_hidden_size
+        self.view_in_weight = nn.Parameter(torch.empty(3, h, d))
+        self.view_in_bias = nn.Parameter(torch.empty(3, h))
+        self.view_out_weight = nn.Parameter(torch.empty(3, h))
+        self.view_out_bias = nn.Parameter(torch.empty(3))
+        self.router_in_weight = nn.Parameter(torch.empty(h_r, 4 * d))
+        self.router_in_bias = nn.Parameter(torch.empty(h_r))
+        self.router_out_weight = nn.Parameter(torch.empty(3, h_r))
+        self.router_out_bias = nn.Parameter(torch.empty(3))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Hidden layers ``N(0, 1/fan_in)``; biases and the router's output layer zero."""
+        for weight in (self.view_in_weight, self.view_out_weight, self.router_in_weight):
+            nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+        for name in (
+            "view_in_bias",
+            "view_out_bias",
+            "router_in_bias",
+            "router_out_weight",
+            "router_out_bias",
+        ):
+            nn.init.zeros_(getattr(self, name))
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """The parameters in the order the operation takes them."""
+        return ExpertWeights(*(getattr(self, name) for name in ExpertWeights._fields))
+
+    def forward(self, views: PooledViews, prompt_mean: Tensor) -> CombinedReward:
+        """Three views and the prompt mean, each ``[B, d]`` -> reward, view scores and view weights, fp32."""
+        return gated_expert_combination(*views, prompt_mean, self.weights)
+
+
+class AdaJudgeHead(nn.Module):
+    """Token states in, rewards out: refinement, three views, gated experts (the whole of the paper's model).
+
+    Args:
+        hidden_size: d of the backbone.
+        num_blocks: K refinement blocks, 1 to 8.
+        num_heads: attention heads of a block; default heads of 128 (or 64, 32) features.
+        intermediate_size: SwiGLU width of a block; default d.
+        expert_hidden_size: h of the view MLPs.
+        router_hidden_size: h_r of the router.
+        causal: causal refinement attention; False is bidirectional and excludes prompt-shared layouts.
+        attention_tokens: what the attention view sees: ``"all"`` tokens or the ``"response"``.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_blocks: int = 3,
+        num_heads: int | None = None,
+        intermediate_size: int | None = None,
+        expert_hidden_size: int = 256,
+        router_hidden_size: int = 256,
+        causal: bool = True,
+        attention_tokens: str = "all",
+    ) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.refinement = DepthGatedRefinement(hidden_size, num_blocks, num_heads, intermediate_size, causal)
+        self.pooling = MultiViewPooling(hidden_size, attention_tokens)
+        self.experts = ExpertCombination(hidden_size, expert_hidden_size, router_hidden_size)
+
+    def forward(self, hidden: Tensor, layout: SequenceLayout) -> JudgeOutput:
+        """Score every sequence of `layout`.
+
+        Args:
+            hidden: H0, ``[T, d]``; or ``[B, L, d]`` with a padded layout of that shape.
+            layout: where the tokens of each sequence lie. Padding is taken out before the blocks: no arithmetic
+                is spent on it, and nothing in it can reach a result.
+
+        Raises:
+            ValueError: hidden does not fit the layout or the head; or a prompt-shared layout with a
+                bidirectional head.
+        """
+        if hidden.dim() == 3:
+            if tuple(hidden.shape[:2]) != layout.padded_shape:
+                raise ValueError(
+                    f"hidden: shape {tuple(hidden.shape)} came, expected [B, L, d] with a padded layout of that "
+                    f"B and L; this layout's (B, L) is {layout.padded_shape}"
+                )
+            hidden = hidden.flatten(0, 1)
+        if hidden.dim() != 2 or hidden.shape != (layout.num_tokens, self.hidden_size):
+            raise ValueError(
+                f"hidden: shape {tuple(hidden.shape)} came, expected [{layout.num_tokens}, {self.hidden_size}]"
+            )
+        if layout.has_padding:
+            kept, layout = layout.without_padding()
+            hidden = hidden[kept]
+        states, depth_weights, prompt_mean = self.refinement(hidden, layout)
+        views = self.pooling(states, depth_weights, layout)
+        reward, view_scores, view_weights = self.experts(views, prompt_mean)
+        return JudgeOutput(reward, view_scores, view_weights, depth_weights)

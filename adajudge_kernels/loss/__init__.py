@@ -1,0 +1,1 @@
+"""Focal Bradley-Terry loss."""

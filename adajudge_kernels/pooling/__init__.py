@@ -1,0 +1,1 @@
+"""Pooling family: one scan over a sequence's tokens, several views."""

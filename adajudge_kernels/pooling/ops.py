@@ -1,0 +1,478 @@
+"""The public pooling operations: checks, operators and autograd. One scan over the states, several views."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adajudge_kernels import backends
+from adajudge_kernels.arguments import MAX_DEPTHS, check_choice, check_layout, check_like, check_states
+from adajudge_kernels.layout import SequenceLayout
+from adajudge_kernels.registration import arithmetic_dtype, operator
+
+__all__ = ["PooledViews", "attention_pool", "depth_gate", "masked_mean_pool", "multi_view_pool"]
+
+
+class PooledViews(NamedTuple):
+    """The three views of a response, each ``[B, d]`` fp32."""
+
+    last: Tensor
+    mean: Tensor
+    attention: Tensor
+
+
+def _kernels(backend: str) -> Any:
+    return backends.load("pooling", backend)
+
+
+def depth_gate(hidden: Tensor, weight: Tensor, bias: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+    """Depth weights and prompt context, from one pass over the backbone's states (paper, Stage I).
+
+    ``c = mean over all tokens of H0_t``, ``alpha = softmax(W_d c + b_d)``, ``z_P = mean over prompt tokens of
+    H0_t`` (zero vector where the prompt is empty).
+
+    Args:
+        hidden: H0, ``[T, d]`` fp32, bf16 or fp16.
+        weight: W_d, ``[K, d]``, K from 1 to 8.
+        bias: b_d, ``[K]``.
+        layout: where the tokens of each of the B sequences lie.
+
+    Returns:
+        ``(depth_weights [B, K], prompt_mean [B, d])``, fp32.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or device; it names the argument.
+    """
+    check_layout(layout)
+    check_states("hidden", hidden, layout)
+    check_depths("weight", weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 2 else 1)
+    depths = weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 2 else MAX_DEPTHS
+    check_like("weight", weight, (depths, hidden.shape[1]), hidden, "hidden")
+    check_like("bias", bias, (depths,), hidden, "hidden")
+    backend = backends.choose_backend(hidden.device).backend
+    alpha, prompt_mean, _ = _depth_gate(
+        hidden, weight, bias, layout.ranges, layout.roles, layout.max_length, backend
+    )
+    return alpha, prompt_mean
+
+
+def check_depths(name: str, depths: int) -> None:
+    """The number of refinement blocks is 1 to 8."""
+    if not 1 <= depths <= MAX_DEPTHS:
+        raise ValueError(f"{name}: {depths} depths came, expected 1 to {MAX_DEPTHS}")
+
+
+def _depth_gate_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor, ranges: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, (batch, d) = arithmetic_dtype(hidden.dtype), (ranges.shape[0], hidden.shape[1])
+    alpha = hidden.new_empty(batch, weight.shape[0], dtype=dtype)
+    return alpha, hidden.new_empty(batch, d, dtype=dtype), hidden.new_empty(batch, d, dtype=dtype)
+
+
+@operator("depth_gate", _depth_gate_fake)
+def _depth_gate(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ranges: Tensor,
+    roles: Tensor,
+    max_length: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _kernels(backend).depth_gate_forward(hidden, weight, bias, ranges, roles, max_length)
+
+
+def _depth_gate_backward_fake(
+    grad_alpha: Tensor,
+    grad_prompt: Tensor,
+    alpha: Tensor,
+    context: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ranges: Tensor,
+    roles: Tensor,
+    max_length: int,
+    hidden_dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = weight.new_empty(roles.shape[0], weight.shape[1], dtype=hidden_dtype)
+    return hidden, torch.empty_like(weight), torch.empty_like(bias)
+
+
+@operator("depth_gate_backward", _depth_gate_backward_fake)
+def _depth_gate_backward(
+    grad_alpha: Tensor,
+    grad_prompt: Tensor,
+    alpha: Tensor,
+    context: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ranges: Tensor,
+    roles: Tensor,
+    max_length: int,
+    hidden_dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dhidden, dweight, dbias = _kernels(backend).depth_gate_backward(
+        grad_alpha,
+        grad_prompt,
+        alpha,
+        context,
+        weight,
+        ranges,
+        roles,
+        max_length,
+        roles.shape[0],
+        hidden_dtype,
+    )
+    return dhidden, dweight.to(weight.dtype), dbias.to(bias.dtype)
+
+
+def _depth_gate_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, ranges, roles, ctx.max_length, ctx.backend = inputs
+    alpha, _, context = output
+    ctx.hidden_dtype = hidden.dtype
+    ctx.save_for_backward(alpha, context, weight, bias, ranges, roles)
+
+
+def _depth_gate_gradients(ctx: Any, grad_alpha: Tensor, grad_prompt: Tensor, _: Tensor) -> tuple[Any, ...]:
+    dhidden, dweight, dbias = _depth_gate_backward(
+        grad_alpha, grad_prompt, *ctx.saved_tensors, ctx.max_length, ctx.hidden_dtype, ctx.backend
+    )
+    return dhidden, dweight, dbias, None, None, None, None
+
+
+_depth_gate.register_autograd(_depth_gate_gradients, setup_context=_depth_gate_context)
+
+
+def multi_view_pool(
+    states: Sequence[Tensor],
+    depth_weights: Tensor,
+    attention_weight: Tensor,
+    attention_bias: Tensor,
+    layout: SequenceLayout,
+    attention_tokens: str = "all",
+) -> PooledViews:
+    """Last, mean and attention view of the depth-weighted states, in one pass over them (paper, Stage II).
+
+    ``H~_t = sum_k alpha_k H_k,t``; ``z_L = H~_tau``, tau the last response token; ``z_M`` its mean over response
+    tokens; ``z_A = sum_t beta_t H~_t`` with ``beta = softmax_t(w_a . H~_t + b_a)``.
+
+    Args:
+        states: H_1..H_K, a list of 1 to 8 tensors ``[T, d]`` of one dtype (fp32, bf16 or fp16); never stacked.
+        depth_weights: alpha, ``[B, K]``.
+        attention_weight: w_a, ``[d]``.
+        attention_bias: b_a, ``[1]``.
+        layout: where the tokens of each of the B sequences lie.
+        attention_tokens: what beta runs over: ``"all"`` tokens of the sequence or its ``"response"``.
+
+    Returns:
+        `PooledViews`, each ``[B, d]`` fp32.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or device; it names the argument.
+    """
+    check_layout(layout)
+    if isinstance(states, Tensor) or not isinstance(states, (list, tuple)):
+        raise ValueError(f"states: {type(states).__name__} came, expected a list of K tensors [T, d]")
+    check_depths("states", len(states))
+    check_states("states[0]", states[0], layout)
+    for k in range(1, len(states)):
+        check_like(f"states[{k}]", states[k], tuple(states[0].shape), states[0], "states[0]")
+        if states[k].dtype != states[0].dtype:
+            raise ValueError(
+                f"states[{k}]: dtype {states[k].dtype} came, expected {states[0].dtype} as states[0]"
+            )
+    d = states[0].shape[1]
+    check_like("depth_weights", depth_weights, (layout.num_sequences, len(states)), states[0], "states[0]")
+    check_like("attention_weight", attention_weight, (d,), states[0], "states[0]")
+    check_like("attention_bias", attention_bias, (1,), states[0], "states[0]")
+    check_choice("attention_tokens", attention_tokens, ("all", "response"))
+    last, mean, attention, _ = _multi_view_pool(
+        list(states),
+        depth_weights,
+        attention_weight,
+        attention_bias,
+        layout.ranges,
+        layout.roles,
+        layout.last_response,
+        layout.max_length,
+        attention_tokens == "response",
+        backends.choose_backend(states[0].device).backend,
+    )
+    return PooledViews(last, mean, attention)
+
+
+def _multi_view_pool_fake(states: list[Tensor], depth_weights: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    dtype, shape = arithmetic_dtype(states[0].dtype), (depth_weights.shape[0], states[0].shape[1])
+    views = [states[0].new_empty(shape, dtype=dtype) for _ in range(3)]
+    return *views, states[0].new_empty(shape[0], dtype=dtype)
+
+
+@operator("multi_view_pool", _multi_view_pool_fake)
+def _multi_view_pool(
+    states: list[Tensor],
+    depth_weights: Tensor,
+    attention_weight: Tensor,
+    attention_bias: Tensor,
+    ranges: Tensor,
+    roles: Tensor,
+    last_response: Tensor,
+    max_length: int,
+    response_only: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _kernels(backend).multi_view_pool_forward(
+        states,
+        depth_weights,
+        attention_weight,
+        attention_bias,
+        ranges,
+        roles,
+        last_response,
+        max_length,
+        response_only,
+    )
+
+
+def _multi_view_pool_backward_fake(
+    grads: list[Tensor],
+    states: list[Tensor],
+    depth_weights: Tensor,
+    attention_weight: Tensor,
+    attention_bias: Tensor,
+    *_: Any,
+) -> list[Tensor]:
+    return [torch.empty_like(x) for x in (*states, depth_weights, attention_weight, attention_bias)]
+
+
+@operator("multi_view_pool_backward", _multi_view_pool_backward_fake)
+def _multi_view_pool_backward(
+    grads: list[Tensor],
+    states: list[Tensor],
+    depth_weights: Tensor,
+    attention_weight: Tensor,
+    attention_bias: Tensor,
+    attention: Tensor,
+    log_sum_exp: Tensor,
+    ranges: Tensor,
+    roles: Tensor,
+    last_response: Tensor,
+    max_length: int,
+    response_only: bool,
+    backend: str,
+) -> list[Tensor]:
+    dstates, dalpha, dweight, dbias = _kernels(backend).multi_view_pool_backward(
+        *grads,
+        states,
+        depth_weights,
+        attention_weight,
+        attention_bias,
+        attention,
+        log_sum_exp,
+        ranges,
+        roles,
+        last_response,
+        max_length,
+        response_only,
+    )
+    return [
+        *dstates,
+        dalpha.to(depth_weights.dtype),
+        dweight.to(attention_weight.dtype),
+        dbias.to(attention_bias.dtype),
+    ]
+
+
+def _multi_view_pool_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    states, alpha, weight, bias, ranges, roles, last_response = inputs[:7]
+    ctx.max_length, ctx.response_only, ctx.backend = inputs[7:]
+    ctx.depths = len(states)
+    _, _, attention, log_sum_exp = output
+    ctx.save_for_backward(*states, alpha, weight, bias, attention, log_sum_exp, ranges, roles, last_response)
+
+
+def _multi_view_pool_gradients(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    states, rest = list(saved[: ctx.depths]), saved[ctx.depths :]
+    gradients = _multi_view_pool_backward(
+        list(grads[:3]), states, *rest, ctx.max_length, ctx.response_only, ctx.backend
+    )
+    dstates, (dalpha, dweight, dbias) = gradients[: ctx.depths], gradients[ctx.depths :]
+    return list(dstates), dalpha, dweight, dbias, None, None, None, None, None, None
+
+
+_multi_view_pool.register_autograd(_multi_view_pool_gradients, setup_context=_multi_view_pool_context)
+
+
+def masked_mean_pool(hidden: Tensor, layout: SequenceLayout, tokens: str = "response") -> Tensor:
+    """Masked mean pooling: ``z = sum_t m_t h_t / sum_t m_t`` (``z_M`` and ``z_P`` of the paper's Stage II).
+
+    Args:
+        hidden: ``[T, d]`` fp32, bf16 or fp16.
+        layout: where the tokens of each of the B sequences lie.
+        tokens: what m selects: the ``"response"``, the ``"prompt"`` or ``"all"`` tokens of a sequence.
+
+    Returns:
+        ``[B, d]`` fp32; a zero vector where nothing is selected (an empty prompt).
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or device; it names the argument.
+    """
+    check_layout(layout)
+    check_states("hidden", hidden, layout)
+    check_choice("tokens", tokens, ("response", "prompt", "all"))
+    backend = backends.choose_backend(hidden.device).backend
+    return _masked_mean_pool(hidden, layout.ranges, layout.roles, layout.max_length, tokens, backend)
+
+
+def _masked_mean_pool_fake(hidden: Tensor, ranges: Tensor, *_: Any) -> Tensor:
+    return hidden.new_empty(ranges.shape[0], hidden.shape[1], dtype=arithmetic_dtype(hidden.dtype))
+
+
+@operator("masked_mean_pool", _masked_mean_pool_fake)
+def _masked_mean_pool(
+    hidden: Tensor, ranges: Tensor, roles: Tensor, max_length: int, tokens: str, backend: str
+) -> Tensor:
+    return _kernels(backend).masked_mean_pool_forward(hidden, ranges, roles, max_length, tokens)
+
+
+def _masked_mean_pool_backward_fake(
+    grad: Tensor,
+    ranges: Tensor,
+    roles: Tensor,
+    max_length: int,
+    tokens: str,
+    hidden_dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    return grad.new_empty(roles.shape[0], grad.shape[1], dtype=hidden_dtype)
+
+
+@operator("masked_mean_pool_backward", _masked_mean_pool_backward_fake)
+def _masked_mean_pool_backward(
+    grad: Tensor,
+    ranges: Tensor,
+    roles: Tensor,
+    max_length: int,
+    tokens: str,
+    hidden_dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    return _kernels(backend).masked_mean_pool_backward(
+        grad, ranges, roles, max_length, tokens, roles.shape[0], hidden_dtype
+    )
+
+
+def _masked_mean_pool_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    hidden, ranges, roles, ctx.max_length, ctx.tokens, ctx.backend = inputs
+    ctx.hidden_dtype = hidden.dtype
+    ctx.save_for_backward(ranges, roles)
+
+
+def _masked_mean_pool_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    dhidden = _masked_mean_pool_backward(
+        grad, *ctx.saved_tensors, ctx.max_length, ctx.tokens, ctx.hidden_dtype, ctx.backend
+    )
+    return dhidden, None, None, None, None, None
+
+
+_masked_mean_pool.register_autograd(_masked_mean_pool_gradients, setup_context=_masked_mean_pool_context)
+
+
+def attention_pool(
+    hidden: Tensor, weight: Tensor, bias: Tensor, layout: SequenceLayout, tokens: str = "all"
+) -> Tensor:
+    """Attention pooling: ``z = sum_t beta_t h_t``, ``beta = softmax_t(w . h_t + b)`` (paper, Stage II).
+
+    Args:
+        hidden: ``[T, d]`` fp32, bf16 or fp16.
+        weight: w, ``[d]``.
+        bias: b, ``[1]``.
+        layout: where the tokens of each of the B sequences lie.
+        tokens: what beta runs over: ``"all"`` tokens of the sequence or its ``"response"``.
+
+    Returns:
+        ``[B, d]`` fp32.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or device; it names the argument.
+    """
+    check_layout(layout)
+    check_states("hidden", hidden, layout)
+    check_like("weight", weight, (hidden.shape[1],), hidden, "hidden")
+    check_like("bias", bias, (1,), hidden, "hidden")
+    check_choice("tokens", tokens, ("all", "response"))
+    backend = backends.choose_backend(hidden.device).backend
+    pooled, _ = _attention_pool(
+        hidden, weight, bias, layout.ranges, layout.roles, layout.max_length, tokens == "response", backend
+    )
+    return pooled
+
+
+def _attention_pool_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor, ranges: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
+    dtype, batch = arithmetic_dtype(hidden.dtype), ranges.shape[0]
+    return hidden.new_empty(batch, hidden.shape[1], dtype=dtype), hidden.new_empty(batch, dtype=dtype)
+
+
+@operator("attention_pool", _attention_pool_fake)
+def _attention_pool(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ranges: Tensor,
+    roles: Tensor,
+    max_length: int,
+    response_only: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return _kernels(backend).attention_pool_forward(
+        hidden, weight, bias, ranges, roles, max_length, response_only
+    )
+
+
+def _attention_pool_backward_fake(
+    grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(hidden), torch.empty_like(weight), torch.empty_like(bias)
+
+
+@operator("attention_pool_backward", _attention_pool_backward_fake)
+def _attention_pool_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    pooled: Tensor,
+    log_sum_exp: Tensor,
+    ranges: Tensor,
+    roles: Tensor,
+    max_length: int,
+    response_only: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dhidden, dweight, dbias = _kernels(backend).attention_pool_backward(
+        grad, hidden, weight, bias, pooled, log_sum_exp, ranges, roles, max_length, response_only
+    )
+    return dhidden, dweight.to(weight.dtype), dbias.to(bias.dtype)
+
+
+def _attention_pool_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    hidden, weight, bias, ranges, roles, ctx.max_length, ctx.response_only, ctx.backend = inputs
+    ctx.save_for_backward(hidden, weight, bias, *output, ranges, roles)
+
+
+def _attention_pool_gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+    dhidden, dweight, dbias = _attention_pool_backward(
+        grad, *ctx.saved_tensors, ctx.max_length, ctx.response_only, ctx.backend
+    )
+    return dhidden, dweight, dbias, None, None, None, None, None
+
+
+_attention_pool.register_autograd(_attention_pool_gradients, setup_context=_attention_pool_context)

@@ -1,0 +1,1 @@
+"""The fused pieces of a refinement block."""
