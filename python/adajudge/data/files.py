@@ -48,13 +48,14 @@ class RowReader:
     """Iterable over :class:`Row` and :class:`RowError` values, in the order of the file.
 
     Every record gives exactly one value, except ties of preference data: those are left out and counted in
-    ``counts.ties``, or with ``keep_ties=True`` come as pairs of weight 0. Empty lines are no records. ``counts`` is
-    that of the latest pass. jsonl and parquet are streamed, json is read whole; beyond that only the explicit ids
-    are kept.
+    ``counts.ties``, or with ``keep_ties=True`` come as pairs of weight 0. Empty lines are no records.
+    ``counts`` is that of the latest pass. jsonl and parquet are streamed, json is read whole; beyond that
+    only the explicit ids are kept.
 
-    Ids are unique over all rows that are read: a second record with the same ``id`` is a :class:`RowError` that names
-    the first line, whether or not the first was sound. A record without an ``id`` goes by its line number; if another
-    record of the file carries that number as its explicit ``id``, the later of the two is the error.
+    Ids are unique over all rows that are read: a second record with the same ``id`` is a :class:`RowError`
+    that names the first line, whether or not the first was sound (of several faults of one record the first
+    found is reported). A record without an ``id`` goes by its line number; if another record of the file
+    carries that number as its explicit ``id``, the later of the two is the error.
     """
 
     def __init__(self, source: str | os.PathLike[str], *, keep_ties: bool = False) -> None:
@@ -66,14 +67,15 @@ class RowReader:
             _open_parquet(self.source).close()
 
     def __iter__(self) -> Iterator[Row | RowError]:
+        """Begin a pass over the source."""
         self.counts = counts = ReadCounts()
         ids = _SeenIds()
         for line, record in self._records():
             row = record if isinstance(record, RowError) else parse_row(record, line)
-            explicit = not isinstance(record, RowError) and _has_id(record) and row.id != str(line)
+            explicit = _has_explicit_id(record, row)
             first = ids.register(row.id, line, explicit)
-            if first is not None:
-                row = RowError(line, row.id, "id", _duplicate_reason(row.id, line, first, explicit))
+            if first is not None and isinstance(row, Row):
+                row = row.error("id", _duplicate_reason(row.id, first, explicit))
             if isinstance(row, RowError):
                 counts.errors += 1
             elif row.tie:
@@ -109,14 +111,18 @@ def _check_source(source: str) -> str:
     if source == STDIN:
         return STDIN
     path = Path(source)
-    extension = next((e for e in sorted(EXTENSIONS, key=len, reverse=True) if path.name.lower().endswith(e)), None)
+    extension = next(
+        (e for e in sorted(EXTENSIONS, key=len, reverse=True) if path.name.lower().endswith(e)), None
+    )
     expected = f"a local file ({', '.join(EXTENSIONS)}) or '-' for standard input"
     if path.is_dir():
         raise DataFileError(f"{source}: is a directory; expected {expected}")
     if not path.exists():
         raise DataFileError(f"{source}: no such file; expected {expected}")
     if extension is None:
-        raise DataFileError(f"{source}: unknown extension {''.join(path.suffixes) or '(none)'!r}; expected {expected}")
+        raise DataFileError(
+            f"{source}: unknown extension {''.join(path.suffixes) or '(none)'!r}; expected {expected}"
+        )
     return extension
 
 
@@ -129,7 +135,9 @@ def _json_line_file(path: str, decode: bool) -> Iterator[tuple[int, Any]]:
                 yield line, record
     except (EOFError, zlib.error, OSError) as error:
         expected = "a complete gzip file of JSON lines" if packed else "a readable file of JSON lines"
-        raise DataFileError(f"{path}: unreadable behind line {line} ({error}); expected {expected}") from error
+        raise DataFileError(
+            f"{path}: unreadable behind line {line} ({error}); expected {expected}"
+        ) from error
 
 
 def _json_lines(stream: IO[bytes] | gzip.GzipFile, decode: bool) -> Iterator[tuple[int, Any]]:
@@ -168,7 +176,9 @@ def _open_parquet(path: str) -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise DataFileError(f"{path}: reading parquet needs the package pyarrow, which is not installed") from error
+        raise DataFileError(
+            f"{path}: reading parquet needs the package pyarrow, which is not installed"
+        ) from error
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (OSError, ValueError) as error:
@@ -184,23 +194,25 @@ def _parquet_records(path: str) -> Iterator[tuple[int, Any]]:
                     line += 1
                     yield line, record
     except (OSError, UnicodeDecodeError) as error:
-        raise DataFileError(f"{path}: unreadable behind row {line} ({error}); expected a parquet file") from error
+        raise DataFileError(
+            f"{path}: unreadable behind row {line} ({error}); expected a parquet file"
+        ) from error
 
 
-def _has_id(record: object) -> bool:
-    return isinstance(record, dict) and record.get("id") is not None
+def _has_explicit_id(record: object, row: Row | RowError) -> bool:
+    sound = isinstance(row, Row) or row.field != "id"
+    return sound and isinstance(record, dict) and record.get("id") is not None
 
 
-def _duplicate_reason(row_id: str, line: int, first: int, explicit: bool) -> str:
-    if not explicit and row_id == str(line):
-        return f"line {first} carries the number of this line as its id; give every row an id of its own"
-    if row_id == str(first):
-        return f"duplicate id {row_id!r}: first at line {first}, which goes by its line number; give it an id of its own"
-    return f"duplicate id {row_id!r}: first at line {first}"
+def _duplicate_reason(row_id: str, first: int, explicit: bool) -> str:
+    reason = f"duplicate id {row_id!r}: first at line {first}"
+    if explicit:
+        return reason
+    return f"{reason}; this row has no id and goes by its line number: give it an id of its own"
 
 
 class _SeenIds:
-    """Which line first carried an id. Line numbers serving as ids are kept as runs, so they cost no memory."""
+    """Which line first carried an id. Line numbers serving as ids are kept as runs: no memory."""
 
     def __init__(self) -> None:
         self._explicit: dict[str, int] = {}

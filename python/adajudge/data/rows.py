@@ -15,9 +15,9 @@ scoring row            ``prompt``, ``response``                                 
 
 .. [1] With more than two completions: candidates, best rank first, the ranks in ``Row.ranks``.
 
-A prompt is a string (one user message) or a list of ``{"role", "content"}``; a response is a string, an assistant
-message, or a list of messages that ends with the assistant's. ``null`` counts as missing. What is wrong with a record
-becomes a :class:`RowError` value; parsing never raises.
+A prompt is a string (one user message) or a list of ``{"role", "content"}``; a response is a string, an
+assistant message, or a list of messages that ends with the assistant's. ``null`` counts as missing. What is
+wrong with a record becomes a :class:`RowError` value; parsing never raises.
 """
 
 from __future__ import annotations
@@ -87,13 +87,22 @@ class Row:
 
     def _side(self, index: int) -> str:
         if self.kind != "pair":
-            raise ValueError(f"row {self.id!r} is {self.kind!r}; only a pair has a chosen and a rejected side")
+            raise ValueError(
+                f"row {self.id!r} is {self.kind!r}; only a pair has a chosen and a rejected side"
+            )
         return self.responses[index]
 
 
 @dataclass(frozen=True, slots=True)
 class RowError:
-    """A record that cannot be used: where it is, which field is at fault (``"row"``: the whole record), and why."""
+    """A record that cannot be used: where it is, which field is at fault, and why.
+
+    Args:
+        line: line of the file (json and parquet: record), from 1.
+        id: the record's id, or the line number as a string.
+        field: path of the field, e.g. ``"messages[1].role"``; ``"row"`` is the whole record.
+        reason: what came and what was expected.
+    """
 
     line: int
     id: str
@@ -101,6 +110,7 @@ class RowError:
     reason: str
 
     def __str__(self) -> str:
+        """One line for a log or a terminal."""
         return f"line {self.line} (id {self.id!r}), field {self.field!r}: {self.reason}"
 
 
@@ -109,15 +119,15 @@ def parse_row(record: object, line: int) -> Row | RowError:
     row_id = str(line)
     try:
         if not isinstance(record, Mapping):
-            raise _Malformed("row", f"expected an object, got {_describe(record)}")
+            raise _MalformedError("row", f"expected an object, got {_describe(record)}")
         fields = {key: value for key, value in record.items() if value is not None}
         row_id = _parse_id(fields.pop("id", None), default=row_id)
         return _FORMATS[_detect_format(fields)](row_id, line, fields)
-    except _Malformed as malformed:
+    except _MalformedError as malformed:
         return RowError(line, row_id, malformed.field, malformed.reason)
 
 
-class _Malformed(Exception):
+class _MalformedError(Exception):
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(reason)
         self.field = field
@@ -128,7 +138,7 @@ def _parse_id(value: object, default: str) -> str:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise _Malformed("id", f"expected a string or an integer, got {_describe(value)}")
+        raise _MalformedError("id", f"expected a string or an integer, got {_describe(value)}")
     return _text(value, "id") if isinstance(value, str) else str(value)
 
 
@@ -144,7 +154,7 @@ def _detect_format(fields: Mapping[str, Any]) -> str:
         if any(key in fields for key in keys):
             return name
     found = ", ".join(map(str, fields)) or "none"
-    raise _Malformed(
+    raise _MalformedError(
         "row",
         f"no known format: keys found: {found}; expected prompt + response, messages, chosen + rejected, "
         "prompt + responses, context + response1 + response2 + overall_preference, or context + completions",
@@ -162,9 +172,9 @@ def _parse_preference(row_id: str, line: int, fields: dict[str, Any]) -> Row:
         chosen_turns, chosen = _turns_and_response(chosen_value, "chosen")
         rejected_turns, rejected = _turns_and_response(rejected_value, "rejected")
         if chosen_turns != rejected_turns:
-            raise _Malformed(
+            raise _MalformedError(
                 "rejected",
-                "chosen and rejected differ before their last message; only the final assistant turn may differ",
+                "chosen and rejected differ before their last message; only the last may differ",
             )
         prompt = explicit + chosen_turns
     return Row(row_id, line, "pair", prompt, (chosen, rejected), margin=margin, extra=fields)
@@ -176,7 +186,7 @@ def _parse_helpsteer3(row_id: str, line: int, fields: dict[str, Any]) -> Row:
     second = _response(_take(fields, "response2"), "response2")
     preference = _number(_take(fields, "overall_preference"), "overall_preference")
     if abs(preference) > 3:
-        raise _Malformed("overall_preference", f"expected a number from -3 to 3, got {preference:g}")
+        raise _MalformedError("overall_preference", f"expected a number from -3 to 3, got {preference:g}")
     responses = (second, first) if preference > 0 else (first, second)
     return Row(row_id, line, "pair", prompt, responses, weight=math.sqrt(abs(preference)), extra=fields)
 
@@ -189,10 +199,10 @@ def _parse_nemo_rl(row_id: str, line: int, fields: dict[str, Any]) -> Row:
     for i, item in enumerate(completions):
         name = f"completions[{i}]"
         if not isinstance(item, Mapping):
-            raise _Malformed(name, f"expected an object with rank and completion, got {_describe(item)}")
+            raise _MalformedError(name, f"expected an object with rank and completion, got {_describe(item)}")
         for part in ("rank", "completion"):
             if item.get(part) is None:
-                raise _Malformed(f"{name}.{part}", "missing field")
+                raise _MalformedError(f"{name}.{part}", "missing field")
         rank = _number(item["rank"], f"{name}.rank")
         ranked.append((rank, _response(item["completion"], f"{name}.completion")))
     ranked.sort(key=lambda pair: pair[0])
@@ -233,7 +243,7 @@ _FORMATS = {
 
 def _take(fields: dict[str, Any], name: str) -> Any:
     if name not in fields:
-        raise _Malformed(name, "missing field")
+        raise _MalformedError(name, "missing field")
     return fields.pop(name)
 
 
@@ -245,20 +255,22 @@ def _prompt(value: object, name: str) -> tuple[Message, ...]:
 
 def _messages(value: object, name: str) -> tuple[Message, ...]:
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-        raise _Malformed(name, f"expected a string or a list of messages, got {_describe(value)}")
+        raise _MalformedError(name, f"expected a string or a list of messages, got {_describe(value)}")
     return tuple(_message(item, f"{name}[{i}]") for i, item in enumerate(value))
 
 
 def _message(value: object, name: str) -> Message:
     if not isinstance(value, Mapping):
-        raise _Malformed(name, f"expected a message with role and content, got {_describe(value)}")
+        raise _MalformedError(name, f"expected a message with role and content, got {_describe(value)}")
     for part in ("role", "content"):
         if value.get(part) is None:
-            raise _Malformed(f"{name}.{part}", "missing field")
+            raise _MalformedError(f"{name}.{part}", "missing field")
         if not isinstance(value[part], str):
-            raise _Malformed(f"{name}.{part}", f"expected a string, got {_describe(value[part])}")
+            raise _MalformedError(f"{name}.{part}", f"expected a string, got {_describe(value[part])}")
     if value["role"] not in ROLES:
-        raise _Malformed(f"{name}.role", f"unknown role {value['role']!r}; expected one of {', '.join(ROLES)}")
+        raise _MalformedError(
+            f"{name}.role", f"unknown role {value['role']!r}; expected one of {', '.join(ROLES)}"
+        )
     return Message(value["role"], _text(value["content"], f"{name}.content", empty_allowed=True))
 
 
@@ -271,20 +283,22 @@ def _turns_and_response(
     if text_allowed and isinstance(value, Mapping):
         value = [value]
     if isinstance(value, str):
-        raise _Malformed(name, f"expected a list of messages, got {_describe(value)}")
+        raise _MalformedError(name, f"expected a list of messages, got {_describe(value)}")
     messages = _messages(value, name)
     if not messages:
-        raise _Malformed(name, "expected at least one message, got an empty list")
+        raise _MalformedError(name, "expected at least one message, got an empty list")
     last = f"{name}[{len(messages) - 1}]"
     if messages[-1].role != "assistant":
-        raise _Malformed(f"{last}.role", f"expected the last message from 'assistant', got {messages[-1].role!r}")
+        raise _MalformedError(
+            f"{last}.role", f"expected the last message from 'assistant', got {messages[-1].role!r}"
+        )
     return messages[:-1], _text(messages[-1].content, f"{last}.content")
 
 
 def _response(value: object, name: str) -> str:
     turns, response = _turns_and_response(value, name)
     if turns:
-        raise _Malformed(name, f"expected one assistant message, got {len(turns) + 1} messages")
+        raise _MalformedError(name, f"expected one assistant message, got {len(turns) + 1} messages")
     return response
 
 
@@ -295,43 +309,45 @@ def _split_shared_text(chosen: str, rejected: str) -> tuple[tuple[Message, ...],
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
-    while 0 < shared and not (chosen[shared - 1].isspace() or chosen[shared : shared + 1].isspace()):
+    while shared > 0 and not (chosen[shared - 1].isspace() or chosen[shared : shared + 1].isspace()):
         shared -= 1
     prompt = chosen[:shared].rstrip()
     if not prompt:
-        raise _Malformed("prompt", "missing field, and chosen and rejected do not begin with the same words")
+        raise _MalformedError(
+            "prompt", "missing field, and chosen and rejected do not begin with the same words"
+        )
     sides = chosen[shared:].lstrip(), rejected[shared:].lstrip()
     return (Message("user", prompt),), _text(sides[0], "chosen"), _text(sides[1], "rejected")
 
 
 def _list(value: object, name: str, at_least: int) -> Sequence[Any]:
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-        raise _Malformed(name, f"expected a list, got {_describe(value)}")
+        raise _MalformedError(name, f"expected a list, got {_describe(value)}")
     if len(value) < at_least:
-        raise _Malformed(name, f"expected at least {at_least} entries, got {len(value)}")
+        raise _MalformedError(name, f"expected at least {at_least} entries, got {len(value)}")
     return value
 
 
 def _text(value: str, name: str, empty_allowed: bool = False) -> str:
     if not empty_allowed and not value.strip():
-        raise _Malformed(name, "empty" if not value else "only white space")
+        raise _MalformedError(name, "empty" if not value else "only white space")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         reason = f"half of a surrogate pair at character {error.start}; not valid text"
-        raise _Malformed(name, reason) from None
+        raise _MalformedError(name, reason) from None
     return value
 
 
 def _number(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _Malformed(name, f"expected a number, got {_describe(value)}")
+        raise _MalformedError(name, f"expected a number, got {_describe(value)}")
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise _Malformed(name, f"expected a finite number, got {number}")
+        raise _MalformedError(name, f"expected a finite number, got {number}")
     return number
 
 

@@ -1,0 +1,49 @@
+"""Data: local files to rows, rows to token ids with a role each, token ids to batches.
+
+for row in read_rows("pairs.jsonl"):            # Row or RowError, one per record
+    encoded = encoder.encode(row.prompt, row.responses[0])
+batch = pad_rows([encoded], pad_token_id=0)     # input_ids, attention_mask, response_mask
+"""
+
+from .boundary import TurnBoundary, response_mask_from_header
+from .collate import (
+    EncodedPair,
+    PackedBatch,
+    PairCollator,
+    group_by_prompt,
+    pack_rows,
+    pack_shared_prompts,
+    pad_pairs,
+    pad_rows,
+)
+from .encoding import ConversationEncoder, EncodedRow
+from .files import DataFileError, ReadCounts, RowReader, read_rows
+from .rows import Message, Row, RowError, parse_row
+from .template import ChatTemplate, ChatTemplateError, EncodingError, TemplateFacts
+
+__all__ = [
+    "ChatTemplate",
+    "ChatTemplateError",
+    "ConversationEncoder",
+    "DataFileError",
+    "EncodedPair",
+    "EncodedRow",
+    "EncodingError",
+    "Message",
+    "PackedBatch",
+    "PairCollator",
+    "ReadCounts",
+    "Row",
+    "RowError",
+    "RowReader",
+    "TemplateFacts",
+    "TurnBoundary",
+    "group_by_prompt",
+    "pack_rows",
+    "pack_shared_prompts",
+    "pad_pairs",
+    "pad_rows",
+    "parse_row",
+    "read_rows",
+    "response_mask_from_header",
+]

@@ -1,0 +1,254 @@
+"""From a conversation and a response to token ids with a role for each: prompt or response."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .boundary import TurnBoundary
+from .rows import Message
+from .template import ChatTemplate, Conversation, EncodingError, TemplateFacts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """Token ids of one prompt and response, the prompt first.
+
+    Args:
+        input_ids: prompt tokens, then response tokens up to and including the turn's terminator.
+        prompt_length: how many of them are the prompt's.
+        prompt_tokens_cut: prompt tokens left out to fit ``max_length``.
+        response_tokens_cut: response tokens left out (only with ``truncate_response``).
+        content_tokens: tokens that are words, not special tokens.
+        unknown_tokens: those of the text that the tokenizer has no word for.
+    """
+
+    input_ids: list[int]
+    prompt_length: int
+    prompt_tokens_cut: int = 0
+    response_tokens_cut: int = 0
+    content_tokens: int = 0
+    unknown_tokens: int = 0
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        return len(self.input_ids)
+
+    @property
+    def response_length(self) -> int:
+        """Number of response tokens, at least 1."""
+        return len(self.input_ids) - self.prompt_length
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The prompt's tokens."""
+        return self.input_ids[: self.prompt_length]
+
+    @property
+    def response_ids(self) -> list[int]:
+        """The response's tokens."""
+        return self.input_ids[self.prompt_length :]
+
+    @property
+    def response_mask(self) -> list[int]:
+        """0 for each prompt token, 1 for each response token."""
+        return [0] * self.prompt_length + [1] * self.response_length
+
+    @property
+    def truncated(self) -> bool:
+        """Whether anything was cut to fit ``max_length``."""
+        return self.prompt_tokens_cut > 0 or self.response_tokens_cut > 0
+
+    @property
+    def unknown_share(self) -> float:
+        """Share of the words that the tokenizer does not know, from 0 to 1."""
+        return self.unknown_tokens / self.content_tokens if self.content_tokens else 0.0
+
+
+class ConversationEncoder:
+    """Encodes conversations with a tokenizer's chat template, applied once, no special token added.
+
+    The prompt is the conversation up to and including the assistant header, and what the template inserts
+    behind it (Qwen3's empty think block). Its token ids are those of the prompt rendered with a generation
+    prompt, so that every response of a prompt stands behind identical tokens, as when a model generates it;
+    they are proven to begin the sequence. The response runs up to and including the terminator of the last
+    turn; white space or an eos that the template puts behind it is dropped.
+
+    A sequence longer than ``max_length`` loses the beginning of its prompt, never of its response: a leading
+    bos token stays (models lean on it), then the oldest tokens go. Each response is cut by its own length
+    alone, so that no score depends on the other responses of the prompt.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        max_length: longest sequence in tokens; ``None``: no limit. Callers pass the backbone's
+            ``max_position_embeddings``.
+        chat_template: Jinja text, or the path of a file with it, in place of the tokenizer's own.
+        truncate_response: keep the beginning of a response that does not fit (behind bos and assistant
+            header, its end and terminator lost) instead of raising.
+
+    Raises:
+        ChatTemplateError: there is no usable chat template.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None = None,
+        *,
+        chat_template: str | Path | None = None,
+        truncate_response: bool = False,
+    ) -> None:
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length: expected at least 1, got {max_length}")
+        self.max_length = max_length
+        self.truncate_response = truncate_response
+        self._template = ChatTemplate(tokenizer, chat_template)
+        self._bos_id: int | None = self._template.tokenizer.bos_token_id
+        self._pad_id: int | None = self._template.tokenizer.pad_token_id
+        self._unknown_id: int | None = self._template.tokenizer.unk_token_id
+        self._latest_prompt: tuple[str, list[int]] = ("", [])
+
+    @property
+    def facts(self) -> TemplateFacts:
+        """What the template puts around an assistant turn."""
+        return self._template.facts
+
+    @property
+    def boundary(self) -> TurnBoundary:
+        """The same as token ids, for the model's configuration."""
+        return self._template.facts.boundary
+
+    def encode(self, messages: Conversation, response: str) -> EncodedRow:
+        """Encode a prompt's messages (:class:`Message` or mappings with role and content) and one response.
+
+        Raises:
+            EncodingError: empty response, a conversation that the template refuses or renders differently
+                once it is answered, or a response longer than ``max_length``. ``error.field`` is ``"prompt"``
+                or ``"response"``.
+        """
+        if not response.strip():
+            raise EncodingError("response", "empty response")
+        full = self._template.render([*messages, Message("assistant", response)])
+        prompt = self._prompt_text(messages, full)
+        if not full.startswith(prompt):
+            raise EncodingError(
+                "prompt",
+                "the chat template renders the prompt differently once it is answered: "
+                f"{_difference(prompt, full)}; the prompt's tokens would not begin the sequence",
+            )
+        if self.facts.scaffold and full.startswith(self.facts.scaffold, len(prompt)):
+            scaffold = self.facts.scaffold
+        else:
+            scaffold = ""
+        prompt_ids = self._encode_prompt(prompt, scaffold)
+        response_text = self._without_trailer(full[len(prompt) + len(scaffold) :])
+        ids = self._template.encode_behind(prompt_ids, prompt + scaffold, response_text)
+        return self._fit(ids, len(prompt_ids))
+
+    def encode_rendered(self, text: str) -> EncodedRow:
+        """Encode text that a chat template has been applied to already (OpenRLHF's ``query``).
+
+        Special tokens in the text are recognised and none are added. Padding around it, a run of the pad
+        token, is removed. The response is that of the last assistant header.
+
+        Raises:
+            EncodingError: no assistant header, nothing behind it, or a response longer than ``max_length``.
+        """
+        ids = self._without_padding(self._template.encode(text))
+        try:
+            start, end = self.boundary.response_span(ids)
+        except ValueError as error:
+            raise EncodingError("query", f"cannot tell the response from the prompt: {error}") from None
+        return self._fit(ids[:end], start)
+
+    def _prompt_text(self, messages: Conversation, full: str) -> str:
+        if messages:
+            return self._template.render(messages, generation_prompt=True)
+        header = self.facts.header  # no conversation to render: the header is all there is
+        start = full.find(header)
+        if start < 0:
+            raise EncodingError("prompt", "the chat template cannot render a response without a prompt")
+        return full[: start + len(header)]
+
+    def _encode_prompt(self, prompt: str, scaffold: str) -> list[int]:
+        if self._latest_prompt[0] != prompt:
+            self._latest_prompt = (prompt, self._template.encode(prompt))
+        ids = self._latest_prompt[1]
+        return self._template.encode_behind(ids, prompt, scaffold) if scaffold else list(ids)
+
+    def _without_trailer(self, text: str) -> str:
+        end = self.facts.turn_end
+        if not end:
+            return text.removesuffix(self.facts.trailer)
+        position = text.rfind(end)
+        return text if position < 0 else text[: position + len(end)]
+
+    def _without_padding(self, ids: list[int]) -> list[int]:
+        if self._pad_id is None:
+            return ids
+        real = [i for i, token_id in enumerate(ids) if token_id != self._pad_id]
+        if not real:
+            return []
+        first, end = real[0], real[-1] + 1
+        if self._pad_id == self._bos_id and first > 0:
+            first -= 1
+        if self.boundary.turn_end_ids[-1:] == [self._pad_id] and end < len(ids):
+            end += 1
+        return ids[first:end]
+
+    def _fit(self, ids: list[int], prompt_length: int) -> EncodedRow:
+        if self.max_length is None or len(ids) <= self.max_length:
+            return self._counted(ids, prompt_length)
+        prompt, response = ids[:prompt_length], ids[prompt_length:]
+        room = self.max_length - len(response)
+        if room < 0:
+            return self._fit_response(prompt, response, self.max_length)
+        kept = self._cut_prompt(prompt, room)
+        return self._counted(kept + response, len(kept), prompt_tokens_cut=len(prompt) - len(kept))
+
+    def _fit_response(self, prompt: list[int], response: list[int], max_length: int) -> EncodedRow:
+        if not self.truncate_response:
+            raise EncodingError(
+                "response", f"the response has {len(response)} tokens; max_length is {max_length}"
+            )
+        boundary = self.boundary
+        room = len(boundary.assistant_header_ids) + len(boundary.scaffold_ids)
+        has_bos = prompt[:1] == [self._bos_id]
+        kept = self._cut_prompt(prompt, min(room + has_bos, max_length - 1))
+        response_length = max_length - len(kept)
+        return self._counted(
+            kept + response[:response_length],
+            len(kept),
+            prompt_tokens_cut=len(prompt) - len(kept),
+            response_tokens_cut=len(response) - response_length,
+        )
+
+    def _cut_prompt(self, prompt: list[int], room: int) -> list[int]:
+        """At most ``room`` tokens: a leading bos, then the latest ones."""
+        if len(prompt) <= room:
+            return prompt
+        if room == 0:
+            return []
+        if prompt[0] == self._bos_id:
+            return prompt[:1] + prompt[len(prompt) - room + 1 :]
+        return prompt[len(prompt) - room :]
+
+    def _counted(
+        self, ids: list[int], prompt_length: int, prompt_tokens_cut: int = 0, response_tokens_cut: int = 0
+    ) -> EncodedRow:
+        added = self._template.added_ids
+        unknown = ids.count(self._unknown_id) if self._unknown_id is not None else 0
+        words = sum(token_id not in added for token_id in ids)
+        if self._unknown_id in added:
+            words += unknown
+        return EncodedRow(ids, prompt_length, prompt_tokens_cut, response_tokens_cut, words, unknown)
+
+
+def _difference(prompt: str, full: str) -> str:
+    position = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(full))
+    around = slice(max(0, position - 10), position + 20)
+    return f"at character {position}, {prompt[around]!r} becomes {full[around]!r}"
