@@ -284,8 +284,8 @@ class AdaJudgeHead(nn.Module):
             raise ValueError(
                 f"hidden: shape {tuple(hidden.shape)} came, expected [{layout.num_tokens}, {self.hidden_size}]"
             )
-        if layout.has_padding:
-            kept, layout = layout.without_padding()
+        kept, layout = layout.without_padding()
+        if kept is not None:
             hidden = hidden[kept]
         states, depth_weights, prompt_mean = self.refinement(hidden, layout)
         views = self.pooling(states, depth_weights, layout)

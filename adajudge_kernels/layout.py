@@ -44,8 +44,9 @@ class SequenceLayout:
         response_lengths: int32 ``[B]``, number of response tokens of each sequence (at least one).
         query_ranges: int32 ``[G, 2]``. Attention groups: every non-padding token lies in exactly one.
         key_ranges: int32 ``[G, 4]``, what the queries of a group see: (before its own range, its own range).
-        max_length: tokens of the longest sequence.
-        has_padding: whether any token slot has the role padding.
+        max_length: tokens of the longest sequence (or of a longer prompt that no sequence reads).
+        kept: int64 ``[T']``, the slots that are not padding; None where there is no padding.
+        unpadded: the layout of ``states[kept]``; None where there is no padding.
         shares_prompts: whether the layout was built by `shared_prompts`.
         padded_shape: ``(B, L)`` of a padded batch, else None.
     """
@@ -58,7 +59,8 @@ class SequenceLayout:
     query_ranges: Tensor
     key_ranges: Tensor
     max_length: int
-    has_padding: bool = False
+    kept: Tensor | None = None
+    unpadded: SequenceLayout | None = None
     shares_prompts: bool = False
     padded_shape: tuple[int, int] | None = None
 
@@ -113,7 +115,7 @@ class SequenceLayout:
         roles = torch.where(
             response, TokenRole.RESPONSE, torch.where(real, TokenRole.PROMPT, TokenRole.PADDING)
         )
-        return cls(
+        layout = cls(
             ranges=_int32(torch.stack([begin, end, empty, empty], dim=1)),
             roles=roles.to(torch.int8).flatten(),
             last_response=_int32(offset + last),
@@ -122,9 +124,9 @@ class SequenceLayout:
             query_ranges=_int32(torch.stack([begin, end], dim=1)),
             key_ranges=_int32(torch.stack([empty, empty, begin, end], dim=1)),
             max_length=int(counts.max()) if batch else 0,
-            has_padding=not bool(real.all()),
             padded_shape=(batch, length),
-        ).to(device)
+        )
+        return layout._keep_unpadded().to(device)
 
     @classmethod
     def packed(
@@ -222,9 +224,26 @@ class SequenceLayout:
             response_lengths=_int32(responses),
             query_ranges=_int32(torch.cat([prompt_range, response_range])),
             key_ranges=_int32(torch.cat([torch.cat([nothing, prompt_range], dim=1), ranges])),
-            max_length=int((prompts[owner] + responses).max()) if len(responses) else 0,
+            max_length=int(torch.cat([prompts, prompts[owner] + responses]).max()) if len(prompts) else 0,
             shares_prompts=True,
         ).to(device)
+
+    def _keep_unpadded(self) -> SequenceLayout:
+        """This padded layout with `kept` and `unpadded` filled in, if it has padding."""
+        real = self.roles != TokenRole.PADDING
+        if bool(real.all()):
+            return self
+        before = torch.zeros(self.num_tokens + 1, dtype=torch.int32)  # tokens kept before each slot
+        before[1:] = torch.cumsum(real, 0)
+        names = ("ranges", "last_response", "query_ranges", "key_ranges")
+        moved: dict[str, Any] = {name: before[getattr(self, name).long()] for name in names}
+        unpadded = replace(self, **moved, roles=self.roles[real], padded_shape=None)
+        return replace(self, kept=real.nonzero().squeeze(1), unpadded=unpadded)
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether any token slot has the role padding."""
+        return self.kept is not None
 
     @property
     def num_sequences(self) -> int:
@@ -244,7 +263,9 @@ class SequenceLayout:
     def to(self, device: torch.device | str) -> SequenceLayout:
         """The same layout with its tensors on `device`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {
+            k: v.to(device) for k, v in values.items() if isinstance(v, (Tensor, SequenceLayout))
+        }
         return replace(self, **moved)
 
     def position_ids(self) -> Tensor:
@@ -265,29 +286,14 @@ class SequenceLayout:
         positions[start[group] + within] = before[group] + within
         return positions
 
-    def without_padding(self) -> tuple[Tensor, SequenceLayout]:
-        """The layout of the same sequences with the padding slots taken out.
+    def without_padding(self) -> tuple[Tensor | None, SequenceLayout]:
+        """The same sequences with the padding slots taken out.
 
         Returns:
             ``(kept, layout)``: int64 ``[T']`` indices of the kept tokens, so that ``hidden[kept]`` are the
-            states that `layout` describes. A layout without padding returns itself and all indices.
+            states that `layout` describes; ``(None, self)`` where there is no padding.
         """
-        kept = (self.roles != TokenRole.PADDING).nonzero().squeeze(1)
-        if not self.has_padding:
-            return kept, self
-        new = torch.zeros(self.num_tokens + 1, dtype=torch.long, device=self.device)
-        new[1:] = torch.cumsum(self.roles != TokenRole.PADDING, 0)  # tokens kept before each slot
-        moved: dict[str, Any] = {
-            name: new[getattr(self, name).long()].to(torch.int32)
-            for name in ("ranges", "last_response", "query_ranges", "key_ranges")
-        }
-        return kept, replace(
-            self,
-            **moved,
-            roles=self.roles[kept],
-            has_padding=False,
-            padded_shape=None,
-        )
+        return self.kept, self if self.unpadded is None else self.unpadded
 
 
 def _check_mask(name: str, mask: Tensor) -> None:

@@ -47,11 +47,12 @@ def gather(states: Tensor, tokens: Tokens) -> Tensor:
 def add_to_tokens(values: Tensor, tokens: Tokens, num_tokens: int, dtype: torch.dtype) -> Tensor:
     """``[B, L, d] -> [T, d]``: what all readers of a token say of it, summed in a fixed order."""
     total = values.new_zeros(num_tokens, values.shape[-1])
-    index, rows = tokens.slot[tokens.valid], values[tokens.valid]
+    index = tokens.slot.flatten()
+    rows = selected(tokens.valid.unsqueeze(-1), values).flatten(0, 1)
     # Both are deterministic sums: index_add_ walks in order on the CPU, index_put_ sorts on CUDA.
     if total.is_cuda:
         total.index_put_((index,), rows, accumulate=True)
-    else:
+    elif num_tokens:
         total.index_add_(0, index, rows)
     return total.to(dtype)
 

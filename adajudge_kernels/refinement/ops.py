@@ -59,5 +59,5 @@ def sequence_attention(
             "expected causal attention, or a packed or padded layout"
         )
     return _kernels(query).sequence_attention(
-        query, key, value, layout.query_ranges, layout.key_ranges, causal
+        query, key, value, layout.query_ranges, layout.key_ranges, layout.max_length, causal
     )

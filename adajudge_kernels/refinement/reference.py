@@ -23,33 +23,39 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def sequence_attention(
-    query: Tensor, key: Tensor, value: Tensor, query_ranges: Tensor, key_ranges: Tensor, causal: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_ranges: Tensor,
+    key_ranges: Tensor,
+    max_length: int,
+    causal: bool,
 ) -> Tensor:
     """Softmax attention within each sequence: ``[T, H, e] -> [T, H, e]``, padding rows zero.
 
     Every attention group's queries see its earlier range (the shared prompt) and its own; each token's output
     is computed once, also where several candidates share it.
     """
-    out = torch.zeros_like(query)
-    groups = query_ranges.shape[0]
-    if groups == 0 or query.shape[0] == 0:
-        return out
+    tokens = query.shape[0]
+    out = query.new_zeros(tokens + 1, *query.shape[1:])  # the last row takes what is no query
+    if query_ranges.shape[0] == 0 or tokens == 0:
+        return out[:tokens]
     begin, end = query_ranges.long().unsqueeze(-1).unbind(1)  # [G, 1]
     start0, stop0, start1, stop1 = key_ranges.long().unsqueeze(-1).unbind(1)
-    lengths, before = end - begin, stop0 - start0
-    queries = torch.arange(int(lengths.max()), device=query.device)
-    keys = torch.arange(int((before + stop1 - start1).max()), device=query.device)
-    real_query, real_key = queries < lengths, keys < before + stop1 - start1  # [G, Lq], [G, Lk]
-    query_index = torch.where(real_query, begin + queries, 0)
-    key_index = torch.where(real_key, torch.where(keys < before, start0 + keys, start1 + keys - before), 0)
-    q = query[query_index].transpose(1, 2)  # [G, H, Lq, e]
-    k, v = (
+    before = stop0 - start0
+    position = torch.arange(max_length, device=query.device)
+    real_query, real_key = position < end - begin, position < before + stop1 - start1  # [G, L]
+    query_index = torch.where(real_query, begin + position, tokens)
+    key_index = torch.where(position < before, start0 + position, start1 + position - before)
+    key_index = torch.where(real_key, key_index, 0)
+    q = query[query_index.clamp(max=tokens - 1)].transpose(1, 2)  # [G, H, L, e]
+    k, v = (  # padding selected away: NaN there must not meet a zero weight
         torch.where(real_key[..., None, None], x[key_index], 0).transpose(1, 2) for x in (key, value)
-    )  # padding selected away: NaN there must not meet a zero weight
-    seen = real_key[:, None, :].expand(-1, len(queries), -1)
+    )
+    seen = real_key[:, None, :].expand(-1, max_length, -1)
     if causal:
-        seen = seen & (keys <= (queries + before)[..., None])
-    # Rows that are no query see one key, so that their softmax is finite; they are dropped below.
-    seen = seen | (~real_query[..., None] & (keys == 0))
+        seen = seen & (position <= (position + before)[..., None])
+    # Rows that are no query see one key, so that their softmax is finite; they go to the row that is dropped.
+    seen = seen | (~real_query[..., None] & (position == 0))
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None]).transpose(1, 2)
-    return out.index_put((query_index[real_query],), mixed[real_query])
+    return out.index_put((query_index,), mixed)[:tokens]

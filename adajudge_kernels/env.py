@@ -1,0 +1,73 @@
+"""``python -m adajudge_kernels.env``: what is installed, what was found, which backend is chosen and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+
+import torch
+
+from adajudge_kernels._version import __version__
+from adajudge_kernels.backends import BACKENDS, ENVIRONMENT_VARIABLE, choose_backend, unavailable_reason
+
+_PACKAGES = ("torch", "triton", "transformers", "safetensors", "peft", "accelerate", "flash-attn")
+
+
+def report() -> list[tuple[str, list[tuple[str, str]]]]:
+    """The report as sections of (name, value) lines."""
+    return [
+        ("software", _software()),
+        ("devices", _devices()),
+        ("backends", [(name, unavailable_reason(name) or "available") for name in BACKENDS]),
+        ("choice", _choices()),
+    ]
+
+
+def _software() -> list[tuple[str, str]]:
+    lines = [("adajudge-kernels", __version__), ("python", platform.python_version())]
+    for package in _PACKAGES:
+        try:
+            lines.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            lines.append((package, "not installed"))
+    return [*lines, ("nvcc", shutil.which("nvcc") or "not found")]
+
+
+def _devices() -> list[tuple[str, str]]:
+    lines = [("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads")]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = properties.total_memory / 2**30
+        capability = f"sm_{properties.major}{properties.minor}"
+        lines.append((f"cuda:{index}", f"{properties.name}, {capability}, {memory:.0f} GiB"))
+    return lines
+
+
+def _choices() -> list[tuple[str, str]]:
+    named = os.environ.get(ENVIRONMENT_VARIABLE)
+    lines = [(ENVIRONMENT_VARIABLE, named or "not set")]
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        try:
+            choice = choose_backend(torch.device(device))
+            lines.append((f"{device} tensors", f"{choice.backend}: {choice.reason}"))
+        except ValueError as error:
+            lines.append((f"{device} tensors", f"calls raise: {error}"))
+    return lines
+
+
+def main() -> int:
+    """Print the report; exit code 1 if a forced backend cannot be used."""
+    sections = report()
+    width = max(len(name) for _, lines in sections for name, _ in lines)
+    for title, lines in sections:
+        print(title)
+        for name, value in lines:
+            print(f"  {name:<{width}}  {value}")
+    return int(any(value.startswith("calls raise") for _, lines in sections for _, value in lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
