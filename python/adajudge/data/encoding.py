@@ -166,9 +166,12 @@ class ConversationEncoder:
         return self._fit(ids[:end], start)
 
     def _prompt_text(self, messages: Conversation, full: str) -> str:
+        header = self.facts.header
         if messages:
-            return self._template.render(messages, generation_prompt=True)
-        header = self.facts.header  # no conversation to render: the header is all there is
+            prompt = self._template.render(messages, generation_prompt=True)
+            if not prompt.endswith(header) and full.startswith(prompt + header):
+                prompt += header  # a template that knows no generation prompt
+            return prompt
         start = full.find(header)
         if start < 0:
             raise EncodingError("prompt", "the chat template cannot render a response without a prompt")

@@ -147,6 +147,7 @@ class ChatTemplate:
         elif header_ids != user_end_ids:
             header_ids = header_ids[_shared_length(header_ids, user_end_ids) :]
         header_ids = self._from_first_added_token(header_ids)
+        header = self._text_of_header(header, header_ids)
         if not scaffold.strip():  # white space belongs to the first word: Mistral's " Hello"
             scaffold = ""
         scaffold_ids = self.encode_behind(self.encode(prompt), prompt, scaffold)[len(self.encode(prompt)) :]
@@ -200,6 +201,13 @@ class ChatTemplate:
     def _from_first_added_token(self, ids: list[int]) -> list[int]:
         """Drop what lies before the first special token: it may merge with the text in front of it."""
         return ids[next((i for i, token_id in enumerate(ids) if token_id in self.added_ids), 0) :]
+
+    def _text_of_header(self, text: str, header_ids: list[int]) -> str:
+        """The part of ``text`` that the header's tokens stand for, without the end of the turn in front of it."""
+        if not header_ids or header_ids[0] not in self.added_ids:
+            return text
+        first = str(self.tokenizer.added_tokens_decoder[header_ids[0]])
+        return first + first.join(text.split(first)[-header_ids.count(header_ids[0]) :])
 
     def _white_space(self, ids: list[int]) -> int:
         count = 0
