@@ -11,9 +11,10 @@ from adajudge.data import (
     pad_rows,
     response_mask_from_header,
 )
-from chat_templates.families import NAMES, family_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tests.adajudge.chat_templates.families import NAMES, family_tokenizer
 
 TEXT = st.text(st.one_of(st.sampled_from("\n\n ab.?🙂"), st.characters(codec="utf-8")), max_size=20)
 BOUNDARY = TurnBoundary([1, 2, 3], scaffold_ids=[8, 7], turn_end_ids=[9], header_white_space=1)

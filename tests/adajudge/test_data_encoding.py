@@ -2,9 +2,10 @@
 
 import pytest
 from adajudge.data import ChatTemplateError, ConversationEncoder, EncodingError, Message
-from chat_templates.families import NAMES, TEMPLATES, family_tokenizer, word_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tests.adajudge.chat_templates.families import NAMES, TEMPLATES, family_tokenizer, word_tokenizer
 
 TEXT = st.text(st.one_of(st.sampled_from("\n\n \tab.?[]/<|>🙂é"), st.characters(codec="utf-8")), max_size=30)
 RESPONSE = TEXT.filter(str.strip)
