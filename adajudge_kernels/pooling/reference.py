@@ -166,7 +166,8 @@ def multi_view_pool_backward(
     """Gradients of the states, the depth weights, the attention weight and bias.
 
     ``g_t = [t=tau] g_L + m_t/n g_M + beta_t g_A + dlogit_t w_a`` with ``dlogit_t = beta_t (g_A . (H~_t - z_A))``;
-    then ``dH_k,t = alpha_k g_t`` and ``dalpha_k = sum_t g_t . H_k,t``.
+    then ``dH_k,t = alpha_k g_t`` and ``dalpha_k = sum_t g_t . H_k,t``. The bias shifts all logits of a softmax
+    alike: its gradient, ``sum_t dlogit_t``, is zero, and is returned as such instead of as rounding noise.
     """
     tokens = dense_tokens(ranges, roles, max_length)
     refined = mix_depths(states, depth_weights, tokens)
@@ -188,7 +189,7 @@ def multi_view_pool_backward(
     ]
     dalpha = torch.stack([(drefined * gather(state, tokens)).sum(dim=(1, 2)) for state in states], dim=1)
     dweight = (dlogits[..., None] * refined).sum(dim=(0, 1))
-    return dstates, dalpha, dweight, dlogits.sum().reshape(1)
+    return dstates, dalpha, dweight, dlogits.new_zeros(1)
 
 
 def _token_mask(tokens: Tokens, which: str) -> Tensor:
@@ -259,4 +260,4 @@ def attention_pool_backward(
     dlogits = beta * ((states - pooled[:, None]) * grad[:, None]).sum(dim=-1)
     dstates = beta[..., None] * grad[:, None] + dlogits[..., None] * upcast(weight)
     dhidden = add_to_tokens(dstates, tokens, hidden.shape[0], hidden.dtype)
-    return dhidden, (dlogits[..., None] * states).sum(dim=(0, 1)), dlogits.sum().reshape(1)
+    return dhidden, (dlogits[..., None] * states).sum(dim=(0, 1)), dlogits.new_zeros(1)

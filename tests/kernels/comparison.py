@@ -1,0 +1,64 @@
+"""Running an operation forward and backward, and the contract's error bound."""
+
+import torch
+
+from tests.kernels.batches import place
+from tests.kernels.operations import over_tokens
+
+ABSOLUTE = 1e-6
+
+
+def cast(inputs, dtype, device="cpu"):
+    """Leaves of `dtype` that require gradients."""
+    return {name: x.to(device, dtype).detach().requires_grad_() for name, x in inputs.items()}
+
+
+def weighted_sum(outputs):
+    """A scalar that gives every output element its own gradient, the same for all who ask."""
+    total = 0
+    for i, out in enumerate(outputs):
+        ramp = torch.cos(torch.arange(out.numel(), dtype=torch.float64) * 1.7 + i).reshape(out.shape)
+        total = total + (out * ramp.to(out)).sum()
+    return total
+
+
+def run_operation(operation, tokens, layout, source):
+    """Outputs and gradients; `tokens` are the leaves over the batch's tokens, laid out (NaN at padding) here."""
+    placed = {name: place(x, source) if over_tokens(name) else x for name, x in tokens.items()}
+    for x in placed.values():
+        if x.requires_grad:
+            x.retain_grad()
+    outputs = operation.call(placed, layout)
+    weighted_sum(outputs).backward()
+    padding = source < 0
+    for name, x in placed.items():
+        if over_tokens(name) and x.grad is not None:
+            assert bool((x.grad[padding] == 0).all()), f"gradient of {name} reaches padding"
+    return [out.detach() for out in outputs], {name: x.grad for name, x in tokens.items()}
+
+
+def run_truth(truth, inputs, *args):
+    outputs = truth(inputs, *args)
+    total = weighted_sum(outputs)
+    if total.requires_grad:
+        total.backward()
+    return [out.detach() for out in outputs], {name: x.grad for name, x in inputs.items()}
+
+
+def error(ours, exact):
+    """Largest absolute difference to the fp64 evaluation."""
+    if ours is None or exact is None:
+        return 0.0 if all(x is None or not x.any() for x in (ours, exact)) else float("inf")
+    assert ours.shape == exact.shape
+    return float((ours.cpu().double() - exact).abs().max()) if ours.numel() else 0.0
+
+
+def assert_within_contract(ours, plain, exact):
+    """Error at most twice that of plain PyTorch in the same dtype, plus 1e-6, for outputs and gradients."""
+    (outputs, gradients), (plain_outputs, plain_gradients), (truth, true_gradients) = ours, plain, exact
+    for i, expected in enumerate(truth):
+        bound = 2 * error(plain_outputs[i], expected) + ABSOLUTE
+        assert error(outputs[i], expected) <= bound, f"output {i}"
+    for name, expected in true_gradients.items():
+        bound = 2 * error(plain_gradients[name], expected) + ABSOLUTE
+        assert error(gradients[name], expected) <= bound, f"gradient of {name}"

@@ -1,0 +1,25 @@
+"""The contract runs once per backend and device: a new backend joins by its name in `BACKENDS`."""
+
+import pytest
+import torch
+
+from adajudge_kernels import available_backends, use_backend
+from adajudge_kernels.backends import BACKENDS
+
+SERVES = {"reference": ("cpu", "cuda"), "cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
+
+
+def contract_targets():
+    for backend in BACKENDS:
+        if backend in available_backends():
+            for device in SERVES[backend]:
+                marks = [pytest.mark.gpu] if device == "cuda" else []
+                yield pytest.param((backend, device), id=f"{backend}-{device}", marks=marks)
+
+
+@pytest.fixture(params=list(contract_targets()))
+def device(request):
+    """The device to test on, with the backend under test forced."""
+    backend, name = request.param
+    with use_backend(backend):
+        yield torch.device(name)

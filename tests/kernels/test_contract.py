@@ -1,0 +1,356 @@
+"""DESIGN's contract, one property a test, for every operation on every backend."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import adajudge_kernels as ak
+from tests.kernels.batches import LAYOUTS, LONG, RAGGED, Batch, batches, place
+from tests.kernels.comparison import assert_within_contract, cast, run_operation, run_truth, weighted_sum
+from tests.kernels.naive import Sequence
+from tests.kernels.operations import (
+    POOLING,
+    ROWWISE,
+    call_experts,
+    draw_experts,
+    draw_views,
+    over_tokens,
+    views,
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+pooling = pytest.mark.parametrize("operation", POOLING, ids=lambda op: op.name)
+rowwise = pytest.mark.parametrize(("name", "draw", "call", "truth"), ROWWISE, ids=[op[0] for op in ROWWISE])
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+layouts = pytest.mark.parametrize("kind", LAYOUTS)
+generated = settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
+)
+
+
+def compare(operation, inputs, batch, kind, dtype, device):
+    layout, source = batch.lay_out(kind, device)
+    rounded = {name: x.to(dtype) for name, x in inputs.items()}
+    ours = run_operation(operation, cast(rounded, dtype, device), layout, source)
+    plain = run_truth(operation.truth, cast(rounded, dtype), batch.sequences)
+    exact = run_truth(operation.truth, cast(rounded, torch.float64), batch.sequences)
+    assert_within_contract(ours, plain, exact)
+
+
+@pooling
+@layouts
+@dtypes
+@pytest.mark.parametrize("batch", [RAGGED, LONG], ids=["ragged", "long"])
+def test_error_is_at_most_twice_that_of_plain_pytorch(operation, kind, dtype, batch, device):
+    compare(operation, operation.draw(batch, 48, 3), batch, kind, dtype, device)
+
+
+@pooling
+@given(batch=batches(), kind=st.sampled_from(LAYOUTS), dtype=st.sampled_from(DTYPES), d=st.integers(1, 70))
+@generated
+def test_error_bound_holds_on_any_layout(operation, device, batch, kind, dtype, d):
+    torch.manual_seed(d)
+    compare(operation, operation.draw(batch, d, 2), batch, kind, dtype, device)
+
+
+@pooling
+@pytest.mark.parametrize("depths", range(1, 9))
+def test_one_to_eight_depths(operation, depths, device):
+    compare(operation, operation.draw(RAGGED, 20, depths), RAGGED, "shared", torch.float32, device)
+
+
+@pooling
+@pytest.mark.parametrize("d", [1, 2, 3, 31, 257, 1000, 4096, 16384])
+def test_any_number_of_features(operation, d, device):
+    batch = Batch((2, 0), ((1, 3), (2,)))
+    compare(operation, operation.draw(batch, d, 2), batch, "packed", torch.float32, device)
+
+
+@rowwise
+@dtypes
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_rowwise_error_is_at_most_twice_that_of_plain_pytorch(name, draw, call, truth, dtype, rows, device):
+    rounded = {key: x.to(dtype) for key, x in draw(rows).items()}
+    ours = run_truth(call, cast(rounded, dtype, device))
+    plain = run_truth(truth, cast(rounded, dtype))
+    assert_within_contract(ours, plain, run_truth(truth, cast(rounded, torch.float64)))
+
+
+@dtypes
+def test_experts_take_states_and_weights_of_different_dtypes(dtype, device):
+    inputs = draw_experts(5)
+    mixed = {
+        k: x.to(device, dtype if "weight" in k or "bias" in k else torch.float32) for k, x in inputs.items()
+    }
+    out = call_experts(mixed)[0]
+    expected = call_experts({k: x.double() for k, x in mixed.items()})[0]
+    assert out.dtype == torch.float32
+    assert torch.allclose(out.double(), expected, atol=1e-5)
+
+
+@pooling
+@dtypes
+def test_outputs_are_fp32_and_gradients_in_their_inputs_dtype(operation, dtype, device):
+    layout, source = RAGGED.lay_out("padded_left", device)
+    tokens = cast(operation.draw(RAGGED, 12, 2), dtype, device)
+    outputs, gradients = run_operation(operation, tokens, layout, source)
+    assert {out.dtype for out in outputs} == {torch.float32}
+    assert {g.dtype for g in gradients.values()} == {dtype}
+
+
+@pooling
+@layouts
+def test_two_runs_are_bit_identical(operation, kind, device):
+    inputs = operation.draw(LONG, 64, 3)
+    layout, source = LONG.lay_out(kind, device)
+    first, second = (
+        run_operation(operation, cast(inputs, torch.bfloat16, device), layout, source) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
+    assert all(torch.equal(first[1][name], second[1][name]) for name in inputs)
+
+
+@rowwise
+def test_two_rowwise_runs_are_bit_identical(name, draw, call, truth, device):
+    inputs = draw(9)
+    first, second = (run_truth(call, cast(inputs, torch.float32, device)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
+    assert all(torch.equal(first[1][key], second[1][key]) for key in inputs)
+
+
+def outputs_by_layout(operation, inputs, batch, dtype, device):
+    for kind in LAYOUTS:
+        layout, source = batch.lay_out(kind, device)
+        placed = {
+            name: place(x.to(device, dtype), source) if over_tokens(name) else x.to(device, dtype)
+            for name, x in inputs.items()
+        }
+        yield operation.call(placed, layout)
+
+
+@pooling
+@dtypes
+@given(batch=batches(max_length=150), d=st.sampled_from([1, 7, 64, 130]))
+@generated
+def test_layout_never_changes_a_bit(operation, dtype, device, batch, d):
+    first, *others = outputs_by_layout(operation, operation.draw(batch, d, 2), batch, dtype, device)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pooling
+@given(batch=batches(max_length=150), d=st.sampled_from([1, 7, 64, 130]))
+@generated
+def test_the_rest_of_the_batch_never_changes_a_bit(operation, device, batch, d):
+    inputs = {name: x.to(device, torch.bfloat16) for name, x in operation.draw(batch, d, 2).items()}
+    whole = operation.call(inputs, batch.lay_out("shared", device)[0])
+    for b, sequence in enumerate(batch.sequences):
+        rows = torch.tensor(sequence.rows, device=device)
+        own = {name: x[rows] if over_tokens(name) else x for name, x in inputs.items()}
+        if "alpha" in own:
+            own["alpha"] = own["alpha"][b : b + 1]
+        alone = operation.call(own, batch.only(b).lay_out("packed", device)[0])
+        assert all(torch.equal(a[b], c[0]) for a, c in zip(whole, alone, strict=True))
+
+
+@given(rows=st.integers(2, 40), d=st.integers(1, 200), h=st.integers(1, 70))
+@generated
+def test_the_rest_of_the_batch_never_changes_a_reward(device, rows, d, h):
+    inputs = {k: x.to(device, torch.float32) for k, x in draw_experts(rows, d, h, h + 3).items()}
+    whole = call_experts(inputs)
+    for b in range(rows):
+        alone = call_experts(
+            {
+                k: x[b : b + 1] if k in ("last", "mean", "attention", "prompt") else x
+                for k, x in inputs.items()
+            }
+        )
+        assert all(torch.equal(a[b : b + 1], c) for a, c in zip(whole, alone, strict=True))
+
+
+@pooling
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("kind", ["padded_left", "padded_right"])
+def test_padding_reaches_no_output_and_no_gradient(operation, poison, kind, device):
+    layout, source = RAGGED.lay_out(kind, device)
+    tokens = cast(operation.draw(RAGGED, 12, 2), torch.float32, device)
+    placed = {
+        name: torch.where((source >= 0)[:, None], x[source.clamp(min=0)], poison).detach().requires_grad_()
+        if over_tokens(name)
+        else x
+        for name, x in tokens.items()
+    }
+    outputs = operation.call(placed, layout)
+    weighted_sum(outputs).backward()
+    assert all(out.isfinite().all() for out in outputs)
+    for name, x in placed.items():
+        if x.grad is not None:
+            assert x.grad.isfinite().all(), name
+            assert not over_tokens(name) or not x.grad[source < 0].any()
+
+
+@pytest.mark.parametrize("tokens", ["all", "response"])
+@given(data=st.data())
+@generated
+def test_any_response_mask_of_several_turns(tokens, device, data):
+    length = data.draw(st.integers(1, 24))
+    spans = data.draw(
+        st.lists(st.tuples(st.integers(0, length - 1), st.integers(1, length)), min_size=1, max_size=4)
+    )
+    attention, response = torch.zeros(len(spans), length), torch.zeros(len(spans), length)
+    sequences = []
+    for b, (start, count) in enumerate(spans):
+        columns = list(range(start, min(start + count, length)))
+        marked = data.draw(st.lists(st.booleans(), min_size=len(columns), max_size=len(columns)))
+        marked[data.draw(st.integers(0, len(columns) - 1))] = True
+        attention[b, columns] = 1
+        response[b, columns] = torch.tensor(marked).float()
+        sequences.append(Sequence([b * length + c for c in columns], marked))
+    response[attention == 0] = 1  # what a response mask says of padding does not matter
+    batch = Batch((0,), ((len(spans) * length,),))  # one token per slot
+    inputs = draw_views(batch, 9, 2)
+    inputs["alpha"] = torch.softmax(torch.randn(len(spans), 2, dtype=torch.float64), dim=1)
+    layout = ak.SequenceLayout.padded(attention.to(device), response.to(device))
+    operation = views(tokens)
+    ours = run_truth(operation.call, cast(inputs, torch.float32, device), layout)
+    plain = run_truth(operation.truth, cast(inputs, torch.float32), sequences)
+    assert_within_contract(ours, plain, run_truth(operation.truth, cast(inputs, torch.float64), sequences))
+
+
+@pooling
+@layouts
+def test_an_empty_batch(operation, kind, device):
+    batch = Batch((), ())
+    layout, source = batch.lay_out(kind, device)
+    outputs, gradients = run_operation(
+        operation, cast(operation.draw(batch, 8, 2), torch.float32, device), layout, source
+    )
+    assert all(out.shape[0] == 0 for out in outputs)
+    assert all(g is None or not g.any() for g in gradients.values())
+
+
+@rowwise
+def test_no_rows(name, draw, call, truth, device):
+    outputs, _ = run_truth(call, cast(draw(0), torch.float32, device))
+    assert all(out.numel() == 0 or float(out) == 0.0 for out in outputs)
+
+
+@pooling
+def test_one_token_responses_without_prompt(operation, device):
+    batch = Batch((0, 0), ((1, 1), (1,)))
+    compare(operation, operation.draw(batch, 16, 2), batch, "shared", torch.float32, device)
+
+
+@pooling
+def test_gradcheck(operation, device):
+    batch = Batch((2, 0), ((3, 1), (2,)))
+    for kind in LAYOUTS:
+        layout, source = batch.lay_out(kind, device)
+        drawn = cast(operation.draw(batch, 5, 2), torch.float64, device)
+
+        def call(*values, names=tuple(drawn), layout=layout, source=source):
+            x = dict(zip(names, values, strict=True))
+            return operation.call(
+                {n: place(v, source) if over_tokens(n) else v for n, v in x.items()}, layout
+            )
+
+        assert torch.autograd.gradcheck(call, tuple(drawn.values()))
+
+
+@rowwise
+def test_rowwise_gradcheck(name, draw, call, truth, device):
+    drawn = cast(draw(3), torch.float64, device)
+    assert torch.autograd.gradcheck(
+        lambda *values: call(dict(zip(drawn, values, strict=True))), tuple(drawn.values())
+    )
+
+
+def differentiate_twice(outputs, x):
+    (gradient,) = torch.autograd.grad(weighted_sum(outputs), x, create_graph=True)
+    gradient.sum().backward()
+
+
+@pooling
+def test_double_backward_is_a_clear_error(operation, device):
+    layout, _ = RAGGED.lay_out("shared", device)
+    inputs = cast(operation.draw(RAGGED, 6, 2), torch.float32, device)
+    x = next(iter(inputs.values()))
+    outputs = [out * out for out in operation.call(inputs, layout)]
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        differentiate_twice(outputs, x)
+
+
+@rowwise
+def test_double_backward_of_rowwise_operations_is_a_clear_error(name, draw, call, truth, device):
+    inputs = cast(draw(3), torch.float32, device)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        differentiate_twice(call(inputs), next(iter(inputs.values())))
+
+
+@pooling
+def test_autocast_changes_nothing(operation, device):
+    layout, source = RAGGED.lay_out("packed", device)
+    inputs = operation.draw(RAGGED, 16, 2)
+    plain = run_operation(operation, cast(inputs, torch.float32, device), layout, source)
+    with torch.autocast(device.type, torch.bfloat16):
+        cast_run = run_operation(operation, cast(inputs, torch.float32, device), layout, source)
+    assert all(torch.equal(a, b) for a, b in zip(plain[0], cast_run[0], strict=True))
+    assert all(torch.equal(plain[1][name], cast_run[1][name]) for name in inputs)
+
+
+@pytest.fixture
+def deterministic_algorithms():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pooling
+@pytest.mark.usefixtures("deterministic_algorithms")
+def test_deterministic_algorithms_are_honoured(operation, device):
+    layout, source = RAGGED.lay_out("shared", device)
+    run_operation(operation, cast(operation.draw(RAGGED, 16, 2), torch.float32, device), layout, source)
+
+
+@pooling
+def test_backward_keeps_the_inputs_and_numbers_per_sequence(operation, device):
+    """Nothing of size [T, d] is saved beyond the states themselves; the rest is O(B)."""
+    layout, _ = LONG.lay_out("shared", device)
+    inputs = cast(operation.draw(LONG, 64, 3), torch.float32, device)
+    own = {x.data_ptr() for x in inputs.values()} | {layout.ranges.data_ptr(), layout.roles.data_ptr()}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        operation.call(inputs, layout)
+    new = [x for x in saved if x.data_ptr() not in own]
+    assert sum(x.numel() for x in new) <= 2 * layout.num_sequences * (64 + 8)
+
+
+@pytest.mark.parametrize("margin", [0.0, 30.0, 1e2, 1e4, -1e2, -1e4])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_loss_is_stable_for_extreme_margins(margin, gamma, device):
+    chosen = torch.tensor([margin], device=device, requires_grad=True)
+    loss = ak.focal_bradley_terry_loss(chosen, torch.zeros(1, device=device), gamma=gamma)
+    loss.backward()
+    z = torch.tensor(margin, dtype=torch.float64)
+    log_p, log_q = torch.nn.functional.logsigmoid(z), torch.nn.functional.logsigmoid(-z)
+    assert float(loss.detach()) == pytest.approx(
+        float(-torch.exp(gamma * log_q) * log_p), rel=1e-5, abs=1e-30
+    )
+    assert chosen.grad.isfinite().all()
+    assert float(chosen.grad) <= 0
+
+
+def test_loss_without_focus_and_entropy_is_bradley_terry(device):
+    chosen, rejected = torch.randn(2, 20, device=device)
+    loss = ak.focal_bradley_terry_loss(chosen, rejected, gamma=0.0)
+    assert torch.allclose(loss, -torch.nn.functional.logsigmoid(chosen - rejected).mean())
+
+
+def test_entropy_gradient_is_finite_for_a_collapsed_router(device):
+    logits = torch.tensor([[0.0, 500.0, -500.0]], device=device, requires_grad=True)
+    rewards = torch.zeros(1, device=device)
+    loss = ak.focal_bradley_terry_loss(rewards, rewards, view_weights=torch.softmax(logits, dim=1))
+    loss.backward()
+    assert loss.isfinite()
+    assert logits.grad.isfinite().all()
