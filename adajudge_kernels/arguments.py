@@ -20,16 +20,20 @@ def check_layout(layout: object) -> None:
         raise ValueError(f"layout: {type(layout).__name__} came, expected a SequenceLayout")
 
 
-def check_float(name: str, x: object, dims: int, form: str) -> None:
-    """`x` is a floating point tensor of `dims` dimensions; `form` is how they are written, e.g. ``[T, d]``."""
+def check_float(name: str, x: object, dims: int, form: str | tuple[int, ...]) -> None:
+    """`x` is a floating point tensor of `dims` dimensions; `form` is what they should be, e.g. ``[T, d]``."""
     if not isinstance(x, Tensor):
-        raise ValueError(f"{name}: {type(x).__name__} came, expected a tensor {form}")
+        raise ValueError(f"{name}: {type(x).__name__} came, expected a tensor {_written(form)}")
     if x.dim() != dims:
-        raise ValueError(f"{name}: shape {tuple(x.shape)} came, expected {form}")
+        raise ValueError(f"{name}: shape {tuple(x.shape)} came, expected {_written(form)}")
     if x.dtype not in FLOAT_DTYPES:
         raise ValueError(
             f"{name}: dtype {x.dtype} came, expected float32, bfloat16 or float16 (float64 for checking)"
         )
+
+
+def _written(form: str | tuple[int, ...]) -> str:
+    return form if isinstance(form, str) else str(list(form))
 
 
 def check_states(name: str, hidden: object, layout: SequenceLayout) -> None:
@@ -50,10 +54,10 @@ def check_states(name: str, hidden: object, layout: SequenceLayout) -> None:
 
 def check_like(name: str, x: object, shape: tuple[int, ...], other: Tensor, other_name: str) -> None:
     """`x` is floating point of exactly `shape`, on the device of `other`, and fp64 only if `other` is."""
-    check_float(name, x, len(shape), str(list(shape)))
+    check_float(name, x, len(shape), shape)
     assert isinstance(x, Tensor)
     if tuple(x.shape) != tuple(shape):
-        raise ValueError(f"{name}: shape {tuple(x.shape)} came, expected {list(shape)}")
+        raise ValueError(f"{name}: shape {tuple(x.shape)} came, expected {_written(shape)}")
     if x.device != other.device:
         raise ValueError(f"{name}: on {x.device}, but {other_name} is on {other.device}")
     if (x.dtype == torch.float64) != (other.dtype == torch.float64):
@@ -72,7 +76,8 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 def check_number(name: str, value: object, low: float, inclusive: bool = True) -> None:
     """`value` is a finite number, at least (or above) `low`."""
     word = "at least" if inclusive else "above"
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    # Compared rather than math.isfinite: torch.compile traces this.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
         raise ValueError(f"{name}: {value!r} came, expected a finite number {word} {low}")
     if value < low or (value == low and not inclusive):
         raise ValueError(f"{name}: {value!r} came, expected a number {word} {low}")

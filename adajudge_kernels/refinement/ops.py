@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import ModuleType
 
 from torch import Tensor
 
 from adajudge_kernels import backends
 from adajudge_kernels.layout import SequenceLayout
+from adajudge_kernels.refinement import reference
+
+# Plain PyTorch is traced by torch.compile, so it is looked up here rather than imported during the call.
+_KERNELS = {"reference": reference}
 
 
-def _kernels(x: Tensor) -> Any:
-    return backends.load("refinement", backends.choose_backend(x.device).backend)
+def _kernels(x: Tensor) -> ModuleType:
+    return _KERNELS[backends.choose_backend(x.device).backend]
 
 
 def residual_rms_norm(

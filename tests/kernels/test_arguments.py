@@ -1,0 +1,92 @@
+"""Malformed calls: every error names the argument, what came and what was expected."""
+
+import pytest
+import torch
+
+import adajudge_kernels as ak
+from tests.kernels.operations import draw_experts
+
+LAYOUT = ak.SequenceLayout.packed([2, 1], [3, 2])  # 8 tokens, 2 sequences
+H = torch.zeros(8, 6)
+W, B1 = torch.zeros(6), torch.zeros(1)
+GATE, GATE_BIAS = torch.zeros(3, 6), torch.zeros(3)
+ALPHA = torch.ones(2, 1)
+EXPERTS = {name: x.float() for name, x in draw_experts(2, 6, 4, 5).items()}
+VIEWS = [EXPERTS[name] for name in ("last", "mean", "attention", "prompt")]
+WEIGHTS = ak.ExpertWeights(*(EXPERTS[name] for name in ak.ExpertWeights._fields))
+R = torch.zeros(4)
+
+
+def pool(states, alpha=ALPHA, weight=W, bias=B1, layout=LAYOUT, tokens="all"):
+    return ak.multi_view_pool(states, alpha, weight, bias, layout, tokens)
+
+
+CALLS = [
+    (
+        lambda: ak.depth_gate(H[:7], GATE, GATE_BIAS, LAYOUT),
+        r"hidden: shape \(7, 6\) came, expected \[8, d\]",
+    ),
+    (lambda: ak.depth_gate(H[None], GATE, GATE_BIAS, LAYOUT), r"hidden: shape \(1, 8, 6\) came"),
+    (lambda: ak.depth_gate(H.long(), GATE, GATE_BIAS, LAYOUT), "hidden: dtype torch.int64 came"),
+    (lambda: ak.depth_gate([1.0], GATE, GATE_BIAS, LAYOUT), "hidden: list came"),
+    (
+        lambda: ak.depth_gate(H, GATE[:, :5], GATE_BIAS, LAYOUT),
+        r"weight: shape \(3, 5\) came, expected \[3, 6\]",
+    ),
+    (lambda: ak.depth_gate(H, W, GATE_BIAS, LAYOUT), r"weight: shape \(6,\) came"),
+    (
+        lambda: ak.depth_gate(H, torch.zeros(9, 6), torch.zeros(9), LAYOUT),
+        "weight: 9 depths came, expected 1 to 8",
+    ),
+    (lambda: ak.depth_gate(H, GATE, GATE_BIAS[:2], LAYOUT), r"bias: shape \(2,\) came, expected \[3\]"),
+    (lambda: ak.depth_gate(H, GATE, GATE_BIAS, "packed"), "layout: str came, expected a SequenceLayout"),
+    (lambda: ak.depth_gate(H, GATE.double(), GATE_BIAS, LAYOUT), "weight: dtype torch.float64 came"),
+    (
+        lambda: ak.depth_gate(H.to("meta"), GATE, GATE_BIAS, LAYOUT),
+        "hidden: on meta, but the layout is on cpu",
+    ),
+    (lambda: ak.depth_gate(H, GATE.to("meta"), GATE_BIAS, LAYOUT), "weight: on meta, but hidden is on cpu"),
+    (lambda: pool(H), "states: Tensor came, expected a list"),
+    (lambda: pool([]), "states: 0 depths came"),
+    (lambda: pool([H] * 9), "states: 9 depths came"),
+    (lambda: pool([H, H[:, :5]]), r"states\[1\]: shape \(8, 5\) came, expected \[8, 6\]"),
+    (lambda: pool([H, H.bfloat16()], torch.ones(2, 2)), r"states\[1\]: dtype torch.bfloat16 came"),
+    (lambda: pool([H], torch.ones(3, 1)), r"depth_weights: shape \(3, 1\) came, expected \[2, 1\]"),
+    (lambda: pool([H], weight=W[:4]), r"attention_weight: shape \(4,\) came"),
+    (lambda: pool([H], bias=torch.zeros(2)), r"attention_bias: shape \(2,\) came, expected \[1\]"),
+    (
+        lambda: pool([H], tokens="prompt"),
+        "attention_tokens: 'prompt' came, expected one of 'all', 'response'",
+    ),
+    (lambda: ak.masked_mean_pool(H, LAYOUT, "last"), "tokens: 'last' came"),
+    (lambda: ak.masked_mean_pool(torch.zeros(8, 16385), LAYOUT), "hidden: 16385 features came"),
+    (lambda: ak.attention_pool(H, W[:5], B1, LAYOUT), r"weight: shape \(5,\) came, expected \[6\]"),
+    (lambda: ak.attention_pool(H, W, B1, LAYOUT, "prompt"), "tokens: 'prompt' came"),
+    (lambda: ak.gated_expert_combination(*VIEWS[:3], VIEWS[3][:1], WEIGHTS), r"prompt: shape \(1, 6\) came"),
+    (lambda: ak.gated_expert_combination(*VIEWS, WEIGHTS[:7]), "weights: tuple came, expected ExpertWeights"),
+    (
+        lambda: ak.gated_expert_combination(*VIEWS, WEIGHTS._replace(router_out_bias=torch.zeros(4))),
+        r"weights.router_out_bias: shape \(4,\) came, expected \[3\]",
+    ),
+    (lambda: ak.focal_bradley_terry_loss(R, R[:3]), r"rejected: shape \(3,\) came, expected \[4\]"),
+    (lambda: ak.focal_bradley_terry_loss(R[None], R), r"chosen: shape \(1, 4\) came"),
+    (lambda: ak.focal_bradley_terry_loss(R, R, gamma=-1.0), "gamma: -1.0 came"),
+    (lambda: ak.focal_bradley_terry_loss(R, R, temperature=0.0), "temperature: 0.0 came"),
+    (lambda: ak.focal_bradley_terry_loss(R, R, gamma=float("nan")), "gamma: nan came"),
+    (lambda: ak.focal_bradley_terry_loss(R, R, pair_weight=R[:2]), r"pair_weight: shape \(2,\) came"),
+    (
+        lambda: ak.focal_bradley_terry_loss(R, R, view_weights=torch.ones(8, 2)),
+        r"view_weights: shape \(8, 2\)",
+    ),
+    (lambda: ak.DepthGate(6, 9), "num_blocks: 9 depths came"),
+    (lambda: ak.RefinementBlock(6, num_heads=4), "num_heads: 4 came, expected a divisor of hidden_size 6"),
+    (lambda: ak.MultiViewPooling(6, "prompt"), "attention_tokens: 'prompt' came"),
+    (lambda: ak.AdaJudgeHead(6, 1)(H[:, :5], LAYOUT), r"hidden: shape \(8, 5\) came, expected \[8, 6\]"),
+    (lambda: ak.AdaJudgeHead(6, 1)(H[None], LAYOUT), r"hidden: shape \(1, 8, 6\) came, expected \[B, L, d\]"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), CALLS, ids=[message[:40] for _, message in CALLS])
+def test_a_malformed_call_names_its_argument(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,82 @@
+"""Which backend serves a call: forced, automatic, logged, never silently replaced."""
+
+import logging
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import adajudge_kernels as ak
+from adajudge_kernels import backends
+
+LAYOUT = ak.SequenceLayout.packed([1], [2])
+CPU = torch.device("cpu")
+missing = [name for name in backends.BACKENDS if name not in ak.available_backends()]
+
+
+def test_the_reference_is_always_available():
+    assert "reference" in ak.available_backends()
+
+
+def test_an_unknown_backend_is_refused():
+    with (
+        pytest.raises(ValueError, match="unknown backend 'fast'; the backends are reference"),
+        ak.use_backend("fast"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("name", missing)
+def test_a_forced_backend_that_is_not_here_raises_and_says_why(name, monkeypatch):
+    with pytest.raises(ValueError, match=f"no {name} kernels"), ak.use_backend(name):
+        pass
+    monkeypatch.setenv("ADAJUDGE_BACKEND", name)
+    with pytest.raises(ValueError, match=f"ADAJUDGE_BACKEND={name}: .*no {name} kernels"):
+        ak.masked_mean_pool(torch.zeros(3, 2), LAYOUT)
+
+
+def test_use_backend_wins_over_the_environment(monkeypatch):
+    monkeypatch.setenv("ADAJUDGE_BACKEND", "nonsense")
+    with ak.use_backend("reference"):
+        assert backends.choose_backend(CPU).reason == "forced by use_backend"
+    with pytest.raises(ValueError, match="ADAJUDGE_BACKEND=nonsense: unknown backend"):
+        backends.choose_backend(CPU)
+
+
+def test_a_forced_backend_holds_in_other_threads():
+    seen = []
+    with ak.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(backends.choose_backend(CPU).reason))
+        thread.start()
+        thread.join()
+    assert seen == ["forced by use_backend"]
+
+
+def test_the_choice_is_logged_once_per_operation(caplog, monkeypatch):
+    monkeypatch.setattr(backends, "_logged", set())
+    with caplog.at_level(logging.INFO, "adajudge_kernels"):
+        for _ in range(3):
+            ak.masked_mean_pool(torch.zeros(3, 2, requires_grad=True), LAYOUT).sum().backward()
+    assert [record.getMessage() for record in caplog.records] == [
+        "masked_mean_pool: served by the reference backend"
+    ]
+
+
+def run_env(**variables):
+    command = [sys.executable, "-m", "adajudge_kernels.env"]
+    return subprocess.run(command, capture_output=True, text=True, env={"PATH": "", **variables}, check=False)
+
+
+def test_the_environment_report_names_versions_backends_and_the_choice():
+    report = run_env()
+    assert report.returncode == 0
+    for text in (ak.__version__, torch.__version__, *backends.BACKENDS, "cpu tensors"):
+        assert text in report.stdout
+
+
+def test_the_environment_report_fails_on_an_unusable_forced_backend():
+    report = run_env(ADAJUDGE_BACKEND="nonsense")
+    assert report.returncode == 1
+    assert "unknown backend 'nonsense'" in report.stdout

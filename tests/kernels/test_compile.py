@@ -1,0 +1,140 @@
+"""torch.compile, opcheck and fake tensors: each operation is one opaque node each way."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import adajudge_kernels as ak
+from tests.kernels.batches import RAGGED, Batch
+from tests.kernels.comparison import cast, weighted_sum
+from tests.kernels.operations import POOLING, ROWWISE
+
+pooling = pytest.mark.parametrize("operation", POOLING, ids=lambda op: op.name)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+
+
+@pooling
+def test_one_full_graph_serves_changing_lengths(operation, device):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(operation.call, fullgraph=True, backend=counter)
+    for batch in (
+        RAGGED,
+        Batch((9, 4), ((3, 1, 2), (8,))),
+        Batch((1, 7), ((30, 2), (11, 5))),
+        Batch((6,), ((2, 3),)),
+    ):
+        layout, _ = batch.lay_out("shared", device)
+        drawn = operation.draw(batch, 10, 2)
+        ours, plain = cast(drawn, torch.float32, device), cast(drawn, torch.float32, device)
+        outputs, expected = compiled(ours, layout), operation.call(plain, layout)
+        weighted_sum(outputs).backward()
+        weighted_sum(expected).backward()
+        assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+        assert all(torch.equal(ours[name].grad, plain[name].grad) for name in drawn)
+    assert counter.frame_count <= 2  # one for the first shapes, one with symbolic shapes
+
+
+@pytest.mark.parametrize(("name", "draw", "call", "truth"), ROWWISE, ids=[op[0] for op in ROWWISE])
+def test_rowwise_operations_compile_to_one_graph(name, draw, call, truth, device):
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (3, 8):
+        drawn = draw(rows)
+        ours, plain = cast(drawn, torch.float32, device), cast(drawn, torch.float32, device)
+        outputs, expected = compiled(ours), call(plain)
+        weighted_sum(outputs).backward()
+        weighted_sum(expected).backward()
+        assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+        assert all(torch.equal(ours[key].grad, plain[key].grad) for key in drawn)
+
+
+def test_forcing_another_backend_recompiles(device):
+    layout, _ = RAGGED.lay_out("shared", device)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(lambda x: ak.masked_mean_pool(x, layout), fullgraph=True, backend=counter)
+    states = torch.zeros(RAGGED.num_tokens, 4, device=device)
+    compiled(states)  # forced by the fixture
+    from adajudge_kernels import backends
+
+    forced, backends._forced = backends._forced, None
+    try:
+        compiled(states)
+    finally:
+        backends._forced = forced
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("kind", ["padded_left", "padded_right", "packed", "shared"])
+def test_the_whole_head_compiles_to_one_graph(kind, device):
+    layout, source = RAGGED.lay_out(kind, device)
+    head = ak.AdaJudgeHead(32, num_blocks=2).to(device)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    hidden = torch.randn(RAGGED.num_tokens, 32, device=device)[source.clamp(min=0)].requires_grad_()
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager")(hidden, layout)
+    assert torch.allclose(compiled.reward, head(hidden, layout).reward, atol=1e-5)
+    compiled.reward.sum().backward()
+    assert hidden.grad.isfinite().all()
+
+
+def arguments(layout, d, device, dtype):
+    hidden = torch.randn(layout.num_tokens, d, device=device, dtype=dtype, requires_grad=True)
+    weight = torch.randn(d, device=device, requires_grad=True)
+    bias = torch.zeros(1, device=device, requires_grad=True)
+    return hidden, weight, bias
+
+
+OPERATORS = {
+    "depth_gate": lambda h, w, b, x, tail: (
+        (h, torch.randn(2, 5, requires_grad=True), torch.randn(2), x.ranges, x.roles, x.max_length, *tail)
+    ),
+    "masked_mean_pool": lambda h, w, b, x, tail: (h, x.ranges, x.roles, x.max_length, "all", *tail),
+    "attention_pool": lambda h, w, b, x, tail: (h, w, b, x.ranges, x.roles, x.max_length, False, *tail),
+    "multi_view_pool": lambda h, w, b, x, tail: (
+        (
+            [h, h.detach()],
+            torch.rand(x.num_sequences, 2),
+            w,
+            b,
+            x.ranges,
+            x.roles,
+            x.last_response,
+            x.max_length,
+            True,
+            *tail,
+        )
+    ),
+    "focal_bradley_terry_loss": lambda h, w, b, x, tail: (
+        (
+            torch.randn(4, requires_grad=True),
+            torch.randn(4),
+            None,
+            torch.rand(8, 3),
+            2.0,
+            1.0,
+            0.5,
+            0.1,
+            *tail,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(name, dtype, device):
+    backend = ak.backends.choose_backend(device).backend
+    layout, _ = RAGGED.lay_out("shared", device)
+    args = OPERATORS[name](*arguments(layout, 5, device, dtype), layout, (backend,))
+    args = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), args)
+    torch.library.opcheck(getattr(torch.ops.adajudge, name).default, args)
+
+
+def test_opcheck_of_the_experts(device):
+    backend = ak.backends.choose_backend(device).backend
+    drawn = [x.float().to(device).requires_grad_() for x in ROWWISE[0][1](3).values()]
+    args = (*drawn[:4], drawn[4:], backend)
+    torch.library.opcheck(torch.ops.adajudge.gated_expert_combination.default, args)

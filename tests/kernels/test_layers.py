@@ -1,0 +1,157 @@
+"""The layers and the head: identity at the start, one result on every layout, exact gradients."""
+
+import pytest
+import torch
+
+import adajudge_kernels as ak
+from tests.kernels.batches import LAYOUTS, RAGGED, Batch, place
+
+
+def random_head(d=24, dtype=torch.float32, **options):
+    """A head whose zero-initialised parameters are random, so that every path matters."""
+    head = ak.AdaJudgeHead(d, expert_hidden_size=12, router_hidden_size=10, **options)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return head.to(dtype)
+
+
+def test_a_new_block_is_the_identity(device):
+    layout, _ = RAGGED.lay_out("packed", device)
+    hidden = torch.randn(layout.num_tokens, 24, device=device)
+    assert torch.equal(ak.RefinementBlock(24).to(device)(hidden, layout), hidden)
+
+
+def test_a_new_head_weighs_depths_and_views_alike(device):
+    layout, _ = RAGGED.lay_out("packed", device)
+    out = ak.AdaJudgeHead(24, num_blocks=3).to(device)(
+        torch.randn(layout.num_tokens, 24, device=device), layout
+    )
+    assert torch.allclose(out.depth_weights, torch.full_like(out.depth_weights, 1 / 3))
+    assert torch.allclose(out.view_weights, torch.full_like(out.view_weights, 1 / 3))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_stays_inside_the_sequence(causal, device):
+    """Against dense attention, one sequence at a time."""
+    layout, _ = RAGGED.lay_out("packed", device)
+    q, k, v = torch.randn(3, layout.num_tokens, 2, 8, device=device)
+    from adajudge_kernels.refinement.ops import sequence_attention
+
+    out = sequence_attention(q, k, v, layout, causal)
+    for start, stop, *_ in layout.ranges.tolist():
+        own = [x[start:stop].transpose(0, 1) for x in (q, k, v)]
+        expected = torch.nn.functional.scaled_dot_product_attention(*own, is_causal=causal).transpose(0, 1)
+        assert torch.allclose(out[start:stop], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", ["all", "response"])
+def test_every_layout_gives_the_same_rewards_and_parameter_gradients(tokens, device):
+    head = random_head(num_blocks=2, attention_tokens=tokens).to(device)
+    states = torch.randn(RAGGED.num_tokens, 24, device=device)
+    results = []
+    for kind in LAYOUTS:
+        layout, source = RAGGED.lay_out(kind, device)
+        leaf = states.clone().requires_grad_()
+        head.zero_grad()
+        out = head(place(leaf, source), layout)
+        (out.reward * torch.arange(6.0, device=device)).sum().backward()
+        gradients = {name: p.grad for name, p in head.named_parameters()} | {"hidden": leaf.grad}
+        results.append((out, gradients))
+    for out, gradients in results[1:]:
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(out, results[0][0], strict=True))
+        for name, gradient in gradients.items():
+            assert torch.allclose(gradient, results[0][1][name], atol=1e-4, rtol=1e-4), name
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_gradcheck_of_the_whole_head(kind, device):
+    batch = Batch((2, 0), ((2, 1), (3,)))
+    head = ak.AdaJudgeHead(4, num_blocks=2, num_heads=2, expert_hidden_size=3, router_hidden_size=3)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    head = head.double().to(device)
+    layout, source = batch.lay_out(kind, device)
+    names = [name for name, _ in head.named_parameters()]
+
+    def call(states, *parameters):
+        named = dict(zip(names, parameters, strict=True))
+        return tuple(torch.func.functional_call(head, named, (place(states, source), layout)))
+
+    states = torch.randn(batch.num_tokens, 4, dtype=torch.float64, device=device, requires_grad=True)
+    assert torch.autograd.gradcheck(call, (states, *head.parameters()))
+
+
+def test_the_head_takes_three_dimensional_states(device):
+    layout, source = RAGGED.lay_out("padded_left", device)
+    head = random_head().to(device)
+    flat = place(torch.randn(RAGGED.num_tokens, 24, device=device), source)
+    batched = flat.unflatten(0, layout.padded_shape)
+    assert torch.equal(head(batched, layout).reward, head(flat, layout).reward)
+
+
+def test_padding_with_nan_reaches_no_parameter(device):
+    layout, source = RAGGED.lay_out("padded_right", device)
+    head = random_head().to(device)
+    hidden = place(torch.randn(RAGGED.num_tokens, 24, device=device), source).detach().requires_grad_()
+    head(hidden, layout).reward.sum().backward()
+    assert all(p.grad.isfinite().all() for p in head.parameters())
+    assert hidden.grad.isfinite().all()
+
+
+def test_a_single_block_keeps_nan_out_of_padding(device):
+    layout, source = RAGGED.lay_out("padded_right", device)
+    block = ak.RefinementBlock(24).to(device)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    out = block(place(torch.randn(RAGGED.num_tokens, 24, device=device), source), layout)
+    out.sum().backward()
+    assert out.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in block.parameters())
+
+
+def test_a_bidirectional_head_refuses_shared_prompts(device):
+    layout, _ = RAGGED.lay_out("shared", device)
+    hidden = torch.randn(layout.num_tokens, 24, device=device)
+    with pytest.raises(ValueError, match="causal=False came with a prompt-shared layout"):
+        random_head(causal=False).to(device)(hidden, layout)
+
+
+def test_bf16_states_with_fp32_parameters(device):
+    layout, _ = RAGGED.lay_out("packed", device)
+    head = random_head().to(device)
+    hidden = torch.randn(layout.num_tokens, 24, device=device)
+    out = head(hidden.bfloat16(), layout)
+    assert out.reward.dtype == torch.float32
+    assert torch.allclose(out.reward, head(hidden, layout).reward, atol=0.3)
+
+
+def test_gradient_checkpointing_changes_no_gradient(device):
+    layout, _ = RAGGED.lay_out("shared", device)
+    head = random_head().to(device).train()
+    hidden = torch.randn(layout.num_tokens, 24, device=device)
+    gradients = []
+    for recompute in (False, True):
+        head.refinement.gradient_checkpointing = recompute
+        head.zero_grad()
+        head(hidden, layout).reward.sum().backward()
+        gradients.append([p.grad.clone() for p in head.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_head_learns_to_prefer(device):
+    """Forward, backward, optimiser: the loss of a separable task falls."""
+    layout, _ = Batch((4,), ((5,) * 8,)).lay_out("shared", device)
+    head = ak.AdaJudgeHead(24, num_blocks=2, expert_hidden_size=12, router_hidden_size=10).to(device)
+    optimiser = torch.optim.AdamW(head.parameters(), 1e-2)
+    direction = torch.randn(24, device=device)
+    losses = []
+    for _ in range(40):
+        hidden = torch.randn(layout.num_tokens, 24, device=device)
+        hidden[4:24] += direction  # the first four responses carry the evidence
+        out = head(hidden, layout)
+        loss = ak.focal_bradley_terry_loss(out.reward[:4], out.reward[4:], view_weights=out.view_weights)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0]
