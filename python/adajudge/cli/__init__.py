@@ -1,0 +1,40 @@
+"""The command line: ``adajudge score | train | env``. Heavy libraries are imported by the command that runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from adajudge.cli import environment, score, train
+from adajudge.cli.config_file import UsageError, apply_config_file
+
+_COMMANDS = {
+    "score": (score, "score responses, pairs or candidates of a file"),
+    "train": (train, "train a judge on preference pairs"),
+    "env": (environment, "what is installed, found and chosen, and why"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code (0 done, 1 rows or work failed, 2 wrong usage)."""
+    parser = argparse.ArgumentParser(prog="adajudge", description="AdaJudge reward models: score and train.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, summary) in _COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=(module.__doc__ or "").splitlines()[0])
+        module.add_arguments(command)
+        command.add_argument("--config", metavar="FILE", help="YAML file with options; the command line wins")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        apply_config_file(commands.choices, given)
+    except UsageError as error:
+        parser.error(str(error))
+    args = parser.parse_args(given)
+    try:
+        return _COMMANDS[args.command][0].run(args)
+    except KeyboardInterrupt:
+        print("adajudge: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, e.g. `adajudge ... | head`
+        sys.stderr.close()
+        return 1

@@ -1,0 +1,7 @@
+"""``python -m adajudge.cli``."""
+
+import sys
+
+from adajudge.cli import main
+
+sys.exit(main())
