@@ -62,8 +62,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _load(args: argparse.Namespace) -> Scorer:
     import torch
-    from adajudge.scoring import Scorer
     from transformers.utils import logging as transformers_logging
+
+    from adajudge.scoring import Scorer
 
     transformers_logging.disable_progress_bar()
     options: dict[str, Any] = {"token_budget": args.token_budget, "truncate_response": args.truncate_response}
@@ -124,9 +125,9 @@ def _with_progress(scorer: Scorer, reader: RowReader) -> Iterator[Any]:
 
 def _report(args: argparse.Namespace, summary: Summary, scorer: Scorer, error_path: str | None) -> None:
     import torch
-    from adajudge.scoring import BUILT_IN_JUDGE
     from rich.console import Console
 
+    from adajudge.scoring import BUILT_IN_JUDGE
     from adajudge_kernels.backends import choose_backend
 
     console = Console(stderr=args.output == "-")

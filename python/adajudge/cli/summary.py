@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from adajudge.data import RowError
-from adajudge.scoring import Score, ScoredRow
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from adajudge.data import RowError
+from adajudge.scoring import Score, ScoredRow
 
 _TEXT_WIDTH = 34
 _HELD = 100  # results kept for the table; everything else is counted only

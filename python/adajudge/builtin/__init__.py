@@ -1,0 +1,1 @@
+"""The built-in judge: its generated world, how it is trained from nothing, and the trained judge itself."""

@@ -1,0 +1,123 @@
+"""The built-in judge's model card, made from its measured results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from adajudge.builtin.world import DOMAINS
+
+_INTRODUCTION = """\
+---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-classification
+tags: [reward-model, adajudge]
+---
+
+# The built-in judge
+
+A complete AdaJudge reward model in miniature: it shows what the software does, on any machine, in seconds. It knows
+about 300 words and four kinds of task of a generated world. **It cannot judge ordinary text**; `adajudge score`
+refuses rows in which more than a tenth of the words are unknown to it.
+
+## What it was trained on
+
+Only text that `adajudge.builtin.world` generates: no human text, no personal data. The two sides of a pair have the
+same length and differ in a few words.
+
+| domain | what decides | where the evidence lies |
+| --- | --- | --- |
+| math | the last value of a chain of sums modulo ten is right | the end |
+| chat | nine or ten of fourteen topic words are on the topic asked for, not four or five | spread out |
+| code | every bracket is closed by its own kind | local structure |
+| safety | no word of the topic that the prompt makes private | one token anywhere |
+"""
+
+
+def write_card(path: Path, results: dict[str, Any], judge: str) -> None:
+    """Write the card; every number in it comes from `results`."""
+    plan, fp16 = results["plan"], results["fp16"]
+    parts = [
+        _INTRODUCTION,
+        f"""
+A Qwen3-configuration backbone (d = 128, 5 layers, about one million parameters) learned next-token prediction on
+sound and faulty texts of the training split ({plan["backbone_steps"]} steps of {plan["backbone_batch"]} texts). It was
+then frozen. The head (K = 2 refinement blocks) learned from {plan["pairs_per_domain"]} pairs a domain,
+{plan["judge_steps"]} steps, focal Bradley-Terry loss (gamma 2, entropy floor 0.5, weight 0.1). Weights are stored in fp16: test accuracy
+{_percent(fp16["stored"])} % as stored, {_percent(fp16["fp32"])} % before.
+
+## Accuracy on the test split
+
+Per cent of pairs with the chosen side strictly above; {plan["evaluation_pairs_per_domain"]} pairs a domain, a seed used for
+nothing else. Means over {plan["backbone_seeds"]} backbones with {plan["head_seeds"]} heads each ({plan["judge_seeds"]} for {judge});
+sd is that of the average over these runs. All heads read the same frozen states; "last token", "mean" and
+"attention" are the usual single poolings with an MLP of the same width. The shipped judge is the first run.
+""",
+        _table({**results["baselines"], **results["test_accuracy"]}),
+        """
+## Accuracy on held-out content
+
+Pairs decided by what no training pair showed: sums, topic pairs, private words and code names kept apart.
+""",
+        _table(results["heldout_accuracy"]),
+        "\n## What the comparison shows\n\n",
+        _findings(results, judge),
+        f"""
+## View weights
+
+Mean weight that the router of {judge} gives each view on the test split (last, mean, attention), per backbone and
+head seed. They are a property of a run more than of a domain; do not read them as an explanation.
+
+| backbone, head | {" | ".join(DOMAINS)} |
+| --- | {" | ".join("---" for _ in DOMAINS)} |
+""",
+        *(
+            f"| {run['backbone_seed']}, {run['head_seed']} | "
+            + " | ".join(" ".join(f"{weight:.2f}" for weight in run["view_weights"][d]) for d in DOMAINS)
+            + " |\n"
+            for run in results["runs"]
+            if run["head"] == judge
+        ),
+        f"""
+## Again from nothing
+
+`make judge` (or `python -m adajudge.builtin.build`) trains all of the above on a CPU; it took
+{results["seconds"] / 60:.0f} minutes on the two cores it was made on. Every figure is in `results.json`.
+""",
+    ]
+    path.write_text("".join(parts), encoding="utf-8")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _table(rows: dict[str, dict[str, float]]) -> str:
+    columns = [*DOMAINS, "average", "sd"]
+    lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
+    for name, figures in rows.items():
+        cells = [_percent(figures[column]) if column in figures else "" for column in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _findings(results: dict[str, Any], judge: str) -> str:
+    """Who wins where, said by the figures themselves."""
+    test = results["test_accuracy"]
+    lines = []
+    for domain in [*DOMAINS, "average"]:
+        ranked = sorted(test, key=lambda name: -test[name][domain])
+        place = ranked.index(judge) + 1
+        best = f"best is {ranked[0]} with {_percent(test[ranked[0]][domain])}"
+        lines.append(
+            f"- {domain}: {best}; {judge} has {_percent(test[judge][domain])} (place {place} of {len(ranked)})."
+        )
+    routed, uniform = test["AdaJudge K=0"], test["AdaJudge K=0, uniform router"]
+    difference = 100 * (routed["average"] - uniform["average"])
+    spread = 100 * (routed["sd"] ** 2 + uniform["sd"] ** 2) ** 0.5
+    lines.append(
+        f"- Routing alone (K=0, against the same head with the router forced uniform): {difference:+.1f} points, "
+        f"where the runs' own spread is {spread:.1f}: {'more than' if abs(difference) > 2 * spread else 'within'} noise."
+    )
+    return "\n".join(lines) + "\n"
