@@ -1,15 +1,24 @@
-"""The attention mask of a prompt-shared batch: a tree of prompts and responses in one sequence."""
+"""How a transformers backbone is told which tokens see each other, where there is no padding mask to tell it.
+
+Packed sequences are told apart by positions that restart at 0, which every attention implementation of
+transformers understands where no mask and no cache is given. A tree of prompts and responses cannot be told by
+positions: it needs its mask.
+"""
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from adajudge_kernels import SequenceLayout
 
-_SERVED = ("eager", "sdpa")
-_WINDOWED = "sliding_attention"
+_TREE_IMPLEMENTATIONS = ("eager", "sdpa")
+_PACKED_IMPLEMENTATIONS = (*_TREE_IMPLEMENTATIONS, "flex_attention")
+_FULL, _WINDOWED = "full_attention", "sliding_attention"
 
 
 def tree_mask(layout: SequenceLayout, window: int | None = None) -> Tensor:
@@ -19,7 +28,7 @@ def tree_mask(layout: SequenceLayout, window: int | None = None) -> Tensor:
 
     Args:
         layout: a packed or prompt-shared layout.
-        window: a token sees at most this many tokens back, itself included.
+        window: a token sees this many tokens of its sequence, itself included; None: all before it.
     """
     position = layout.position_ids()
     seen = torch.zeros(layout.num_tokens, layout.num_tokens, dtype=torch.bool, device=layout.device)
@@ -39,33 +48,89 @@ def prepared_masks(
 ) -> Tensor | dict[str, Tensor]:
     """`tree_mask` in the form a transformers decoder takes ready-made: ``[1, 1, T, T]``, or one per layer type.
 
+    Decoders whose layers differ (Gemma 2 and 3, Qwen) take a dict; the others take one mask and apply their window,
+    if they have one (Mistral, Phi-3), to all layers. Both leave a ready-made mask as it is.
+
     Args:
         layout: a prompt-shared layout.
-        config: the backbone's configuration; its sliding windows are applied exactly.
+        config: the backbone's text configuration; its sliding windows are applied exactly.
         dtype: of the backbone's states, for eager attention's additive mask.
 
     Raises:
-        ValueError: an attention implementation or a kind of layer that cannot take such a mask.
+        ValueError: the attention implementation cannot take such a mask.
     """
     implementation = config._attn_implementation
-    if implementation not in _SERVED:
+    if implementation not in _TREE_IMPLEMENTATIONS:
         raise ValueError(
-            f"attn_implementation={implementation!r} cannot serve a prompt-shared batch; "
-            f"expected one of {', '.join(_SERVED)}, or a packed layout"
+            f"attn_implementation: {implementation!r} cannot serve a prompt-shared layout; expected one of "
+            f"{', '.join(_TREE_IMPLEMENTATIONS)}, or a packed layout"
         )
 
     def prepared(window: int | None) -> Tensor:
         seen = tree_mask(layout, window)[None, None]
         if implementation == "sdpa":
             return seen
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
-            ~seen, torch.finfo(dtype).min
-        )
+        hidden = torch.finfo(dtype).min
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, hidden)
 
     kinds = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None)
-    if unknown := kinds - {"full_attention", _WINDOWED}:
-        raise ValueError(f"layers of type {sorted(unknown)} cannot serve a prompt-shared batch; pack it")
     if _WINDOWED in kinds:
-        return {"full_attention": prepared(None), _WINDOWED: prepared(window)}
+        return {_FULL: prepared(None), _WINDOWED: prepared(window)}
     return prepared(None if kinds else window)
+
+
+def check_keeps_apart(backbone: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Refuse a backbone in which sequences that lie in one row would leak into each other.
+
+    Args:
+        backbone: any transformers model.
+        config: its text configuration.
+
+    Raises:
+        ValueError: its layers are recurrent, chunked or bidirectional, it takes no positions, or its attention
+            is not one whose masks are known.
+    """
+    others = set(getattr(config, "layer_types", None) or ()) - {_FULL, _WINDOWED}
+    bidirectional = getattr(config, "use_bidirectional_attention", False) or not getattr(
+        config, "is_causal", True
+    )
+    implementation = config._attn_implementation or "eager"
+    reasons = {
+        f"it has layers of type {', '.join(sorted(others))}": bool(others),
+        "its attention is bidirectional": bidirectional,
+        "its attention does not take a ready-made mask": not backbone._supports_attention_backend,
+        "it takes no position_ids": "position_ids" not in inspect.signature(backbone.forward).parameters,
+        f"attn_implementation is {implementation!r}": (
+            implementation not in _PACKED_IMPLEMENTATIONS and "flash" not in implementation
+        ),
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        raise ValueError(
+            f"layout: {config.model_type!r} cannot serve sequences without padding: {'; '.join(found)}. "
+            "Pass a padded batch with attention_mask and response_mask"
+        )
+
+
+def flash_arguments(config: PreTrainedConfig, lengths: Tensor) -> dict[str, Any]:
+    """What flash attention is told of packed sequences, so that it need not work it out in every layer.
+
+    Args:
+        config: the backbone's text configuration; of other implementations nothing is returned.
+        lengths: integer ``[B]``, tokens of each sequence, in storage order.
+
+    Returns:
+        ``cu_seq_lens_q/k`` int32 ``[B + 1]`` and ``max_length_q/k``, the longest of them.
+    """
+    if "flash" not in (config._attn_implementation or ""):
+        return {}
+    bounds = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=lengths.device)
+    bounds[1:] = lengths.cumsum(0)
+    longest = int(lengths.max())
+    return {
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }

@@ -1,4 +1,7 @@
-"""Configuration of a judge: a backbone's configuration and the shape of the head."""
+"""Configuration of a judge: a backbone's configuration and the shape of the head.
+
+Importing this module registers ``"adajudge"`` with `transformers.AutoConfig`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
+
+from adajudge.data import TurnBoundary
 
 
 @strict
@@ -21,9 +26,14 @@ class AdaJudgeConfig(PreTrainedConfig):
         router_hidden_size: hidden width of the router.
         causal_refinement: causal attention in the blocks; False excludes prompt-shared batches.
         attention_tokens: what the attention view sees, ``"all"`` tokens or the ``"response"``.
-        turn_boundary: `adajudge.data.TurnBoundary` as a dict: where the last assistant turn begins and ends,
-            for callers that pass no response mask. None: such calls are refused.
+        turn_boundary: `adajudge.data.TurnBoundary`, or the same as a dict: the token ids between which the last
+            assistant turn lies, for callers that pass no response mask. None: such calls are refused.
+        pad_token_id: kept for callers that ask for it; nothing depends on it, padding is known by its mask.
         problem_type: always ``"regression"``: the logit is the reward, nothing is put on it.
+
+    Raises:
+        ValueError: a backbone that is no causal decoder, a boundary that could never be found, more than one
+            label, or another problem type.
     """
 
     model_type = "adajudge"
@@ -37,29 +47,52 @@ class AdaJudgeConfig(PreTrainedConfig):
     router_hidden_size: int = 256
     causal_refinement: bool = True
     attention_tokens: str = "all"
-    turn_boundary: dict[str, Any] | None = None
+    turn_boundary: dict[str, Any] | TurnBoundary | None = None
+    pad_token_id: int | None = None
     problem_type: str | None = "regression"
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Turn a backbone configuration given as a dict into its class; one logit unless said otherwise."""
         if isinstance(self.backbone_config, dict):
-            fields = dict(self.backbone_config)
-            if "model_type" not in fields:
+            values = dict(self.backbone_config)
+            if "model_type" not in values:
                 raise ValueError(
                     "backbone_config: no model_type in it; expected that of a transformers model"
                 )
-            self.backbone_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+            self.backbone_config = AutoConfig.for_model(values.pop("model_type"), **values)
+        if isinstance(self.backbone_config, AdaJudgeConfig):
+            raise ValueError("backbone_config: that of a judge came, expected that of a bare backbone")
+        if isinstance(self.backbone_config, PreTrainedConfig) and self.backbone_config.is_encoder_decoder:
+            raise ValueError(
+                f"backbone_config: {self.backbone_config.model_type!r} is an encoder and a decoder, expected a decoder"
+            )
+        if isinstance(self.turn_boundary, dict):
+            self.turn_boundary = TurnBoundary.from_dict(self.turn_boundary)
+        if isinstance(self.turn_boundary, TurnBoundary):
+            self.turn_boundary = self.turn_boundary.to_dict()
         kwargs.setdefault("num_labels", 1)
         super().__post_init__(**kwargs)
         if self.num_labels != 1:
             raise ValueError(f"num_labels: {self.num_labels} came, expected 1: a judge gives one reward")
+        if self.problem_type != "regression":
+            raise ValueError(f"problem_type: {self.problem_type!r} came, expected 'regression'")
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The part of `backbone_config` that describes the decoder of text (vocabulary, width, positions)."""
+        if not isinstance(self.backbone_config, PreTrainedConfig):
+            return self
+        return self.backbone_config.get_text_config(decoder=decoder, encoder=encoder)
 
     @property
     def hidden_size(self) -> int:
-        """Width d of the backbone's token states."""
-        if not isinstance(self.backbone_config, PreTrainedConfig):
+        """Width d of the backbone's token states.
+
+        Raises:
+            ValueError: there is no backbone configuration.
+        """
+        if self.backbone_config is None:
             raise ValueError("backbone_config: None came, expected the configuration of a transformers model")
-        return int(self.backbone_config.hidden_size)
+        return int(self.get_text_config(decoder=True).hidden_size)
 
 
 AutoConfig.register("adajudge", AdaJudgeConfig)

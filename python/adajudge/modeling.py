@@ -1,9 +1,13 @@
-"""The judge: a transformers backbone without its LM head, under an AdaJudge head."""
+"""The judge: a transformers backbone without its LM head, under an AdaJudge head.
+
+Importing this module registers the judge with `transformers.AutoModelForSequenceClassification`.
+"""
 
 from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from adajudge.attention_masks import prepared_masks
+from adajudge.attention_masks import check_keeps_apart, flash_arguments, prepared_masks
 from adajudge.configuration import AdaJudgeConfig
 from adajudge.data import TurnBoundary, response_mask_from_header
 from adajudge_kernels import (
@@ -23,6 +27,9 @@ from adajudge_kernels import (
     RefinementBlock,
     SequenceLayout,
 )
+
+# What says where a checkpoint is, of all that from_pretrained takes.
+_WHERE = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 
 
 @dataclass
@@ -45,26 +52,43 @@ class AdaJudgeOutput(ModelOutput):
 class AdaJudgeForSequenceClassification(PreTrainedModel):
     """A reward model that scores responses to prompts (AdaJudge, arXiv 2601.08097).
 
+    The backbone is kept in the dtype asked for; the head's parameters are loaded in fp32 whatever that is, and its
+    outputs are fp32. LoRA: adapt the backbone and train the head whole, so that saving and merging keep it::
+
+        LoraConfig(target_modules=r"backbone\\..*\\.(q_proj|v_proj)", modules_to_save=["head"])
+
+    and load the adapter with ``PeftModel.from_pretrained(judge, adapter)``.
+
     Args:
-        config: `AdaJudgeConfig`.
-        backbone: the backbone, if it is there already; else it is built from the configuration.
+        config: `AdaJudgeConfig`. Its `backbone_config` becomes the backbone's own.
+        backbone: the backbone, if it is there already; else a random one is built from the configuration.
+
+    Raises:
+        ValueError: the configuration has no backbone, or its head cannot be built.
     """
 
     config_class = AdaJudgeConfig
+    config: AdaJudgeConfig
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # Trainer would infer the contrary from forward's **options
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = {"head"}  # noqa: RUF012 (transformers' own form)
 
     def __init__(self, config: AdaJudgeConfig, backbone: PreTrainedModel | None = None) -> None:
+        width = config.hidden_size
         super().__init__(config)
+        given = backbone is not None
         if backbone is None:  # from_config writes into what it is given
             backbone = AutoModel.from_config(copy.deepcopy(config.backbone_config))
+        assert backbone is not None
         self.backbone = backbone
+        config.backbone_config = backbone.config
         self.head = AdaJudgeHead(
-            config.hidden_size,
+            width,
             num_blocks=config.num_blocks,
             num_heads=config.block_num_heads,
             intermediate_size=config.block_intermediate_size,
@@ -73,6 +97,9 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
             causal=config.causal_refinement,
             attention_tokens=config.attention_tokens,
         )
+        if given:  # both are as they shall be: post_init must draw nothing anew
+            for module in self.modules():
+                module._is_hf_initialized = True
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -89,26 +116,50 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
         backbone: str | os.PathLike[str] | PreTrainedModel,
         *,
         dtype: torch.dtype | str | None = None,
-        attn_implementation: str | None = None,
-        **head: Any,
+        **options: Any,
     ) -> AdaJudgeForSequenceClassification:
-        """A judge with a new head on a trained backbone, whose weights are loaded once, directly.
+        """A judge with a new fp32 head on a trained backbone, whose weights are loaded once, directly.
 
         Args:
-            backbone: a folder (or hub name) with safetensors weights, or a loaded backbone without LM head.
-            dtype: of the backbone's weights; default as saved. The head is fp32.
-            attn_implementation: eager, sdpa, flash_attention_2, ...
-            head: fields of `AdaJudgeConfig`, e.g. ``num_blocks=2``.
+            backbone: a folder (or hub name) with safetensors weights, with or without an LM head; or a loaded
+                backbone without LM head, which is taken as it is and not copied.
+            dtype: of the backbone's weights; default as saved.
+            options: fields of `AdaJudgeConfig`, e.g. ``num_blocks=2``; the others go to
+                ``AutoModel.from_pretrained``, e.g. ``attn_implementation="sdpa"`` or ``device_map``.
+
+        Raises:
+            ValueError: the weights are incomplete, what is there is already a judge, or an option makes no sense.
         """
-        if not isinstance(backbone, PreTrainedModel):
-            options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-            backbone = AutoModel.from_pretrained(
-                backbone, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, **options
+        own = AdaJudgeConfig.__annotations__.keys() - {"backbone_config"}
+        head = {name: options.pop(name) for name in sorted(own & options.keys())}
+        if isinstance(backbone, PreTrainedModel):
+            if options or dtype is not None:
+                names = ", ".join(sorted(options | ({} if dtype is None else {"dtype": dtype})))
+                raise ValueError(
+                    f"{names}: for loading a backbone, but a loaded one came; expected fields of AdaJudgeConfig"
+                )
+        else:
+            _check_options(options)
+            kind = _model_type(backbone, options)
+            if kind == AdaJudgeConfig.model_type:
+                raise ValueError(
+                    f"{backbone}: a judge is there, expected a bare backbone; use from_pretrained"
+                )
+            backbone, info = AutoModel.from_pretrained(
+                backbone, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
             )
-        assert isinstance(backbone, PreTrainedModel)
+            # Weights of an LM head are not expected, and may be there.
+            _check_complete(str(backbone.config._name_or_path), info, ("missing_keys", "mismatched_keys"))
+        if backbone.get_output_embeddings() is not None:
+            raise ValueError(
+                f"backbone: a {type(backbone).__name__} with an LM head came, expected the model below it"
+            )
+        # A copy: a new configuration resets the attention implementation of its parts.
         config = AdaJudgeConfig(backbone_config=copy.deepcopy(backbone.config), **head)
         config._attn_implementation = backbone.config._attn_implementation
-        return cls(config, backbone)
+        judge = cls(config, backbone)
+        judge.head.to(backbone.device)
+        return judge
 
     @classmethod
     def from_pretrained(cls, name: Any, *args: Any, **options: Any) -> Any:
@@ -117,24 +168,26 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
         Takes what transformers' ``from_pretrained`` takes; safetensors only, no remote code.
 
         Raises:
-            ValueError: weights are missing, of another shape or unknown; use `from_backbone` for a bare backbone.
+            ValueError: weights are missing, of another shape or unknown, or no judge is there; use
+                `from_backbone` for a bare backbone, ``PeftModel.from_pretrained`` for an adapter.
         """
-        kind = AdaJudgeConfig.get_config_dict(name)[0].get("model_type")
-        if kind != AdaJudgeConfig.model_type:
-            raise ValueError(
-                f"{name}: a {kind!r} model is there, expected a saved judge ('adajudge'). "
-                "For a backbone without a trained head use AdaJudgeForSequenceClassification.from_backbone"
-            )
-        options.setdefault("use_safetensors", True)
+        _check_options(options)
+        if name is not None and not isinstance(options.get("config"), AdaJudgeConfig):
+            if os.path.isfile(os.path.join(name, "adapter_config.json")):
+                raise ValueError(
+                    f"{name}: an adapter is there; load the judge it was trained on, "
+                    "then PeftModel.from_pretrained(judge, adapter)"
+                )
+            kind = _model_type(name, options)
+            if kind != AdaJudgeConfig.model_type:
+                raise ValueError(
+                    f"{name}: a {kind!r} model is there, expected a saved judge ('adajudge'). For a backbone "
+                    "without a trained head use AdaJudgeForSequenceClassification.from_backbone"
+                )
+        options["use_safetensors"] = True
         want_info = options.pop("output_loading_info", False)
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **options)
-        for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-            keys = sorted(map(str, info.get(problem) or ()))
-            if keys:
-                raise ValueError(
-                    f"{name}: {problem.replace('_', ' ')}: {', '.join(keys[:5])}"
-                    f"{f' and {len(keys) - 5} more' if len(keys) > 5 else ''}; expected a complete judge"
-                )
+        _check_complete(str(name), info, ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"))
         return (model, info) if want_info else model
 
     def get_input_embeddings(self) -> torch.nn.Module:
@@ -150,9 +203,9 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         response_mask: Tensor | None = None,
-        layout: SequenceLayout | None = None,
-        inputs_embeds: Tensor | None = None,
         position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        layout: SequenceLayout | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
@@ -160,110 +213,189 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
     ) -> AdaJudgeOutput | tuple[Any, ...]:
         """Rewards of a padded batch, or of a packed or prompt-shared one described by `layout`.
 
+        A sequence's reward does not depend on how it comes, nor on its neighbours. What lies in padding, token
+        ids and embeddings alike, is never read.
+
         Args:
             input_ids: ``[B, L]``; with `layout` ``[1, T]`` or ``[T]``.
             attention_mask: ``[B, L]``, padding on either side; default: no padding. Not with `layout`.
             response_mask: ``[B, L]``, nonzero for response tokens; default: from the last assistant header
                 (`config.turn_boundary`). A given mask always wins. Not with `layout`.
+            position_ids: ``[B, L]``; default: counted from each sequence's first token. Not with `layout`.
+            inputs_embeds: in place of `input_ids`, with one dimension d more; then a response mask or a layout
+                is needed.
             layout: `SequenceLayout.packed` or `.shared_prompts`; positions and attention follow from it.
-            inputs_embeds: ``[B, L, d]`` in place of `input_ids` (then `response_mask` or `layout` is needed).
-            position_ids: ``[B, L]``; default: counted from each sequence's first token.
             labels: refused; the training objective is `adajudge_kernels.focal_bradley_terry_loss`.
             use_cache: accepted for callers that pass it; no cache is ever kept.
-            return_dict: False for a plain tuple.
+            return_dict: False for a plain tuple; default `config.return_dict`.
             options: passed to the backbone.
 
         Raises:
-            ValueError: the response cannot be told from the prompt, shapes do not fit, or a sequence is longer
-                than the backbone's positions.
+            ValueError: the response cannot be told from the prompt, shapes do not fit, a sequence is longer
+                than the backbone's positions, or the backbone cannot serve the layout.
         """
         if labels is not None:
             raise ValueError(
                 "labels came; a judge is trained on pairs, see adajudge_kernels.focal_bradley_terry_loss"
             )
+        if options.get("past_key_values") is not None:
+            raise ValueError("past_key_values came; a judge reads whole sequences and keeps no cache")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is expected")
-        given = input_ids if input_ids is not None else inputs_embeds
-        assert given is not None
         if layout is None:
-            mask, layout, position_ids = self._padded(
-                input_ids, given, attention_mask, response_mask, position_ids
+            batch, layout = self._padded(
+                input_ids, inputs_embeds, attention_mask, response_mask, position_ids
             )
         elif attention_mask is not None or response_mask is not None or position_ids is not None:
             raise ValueError("layout came with a mask or position_ids; they follow from the layout")
-        elif layout.padded_shape is not None:
-            raise ValueError("layout: a padded one came; pass attention_mask and response_mask instead")
         else:
-            mask, position_ids = self._flat(given, layout)
-            wide = 3 if inputs_embeds is not None else 2
-            input_ids = input_ids.reshape(1, -1) if input_ids is not None else None
-            inputs_embeds = (
-                inputs_embeds.reshape(1, -1, given.shape[-1])
-                if wide == 3 and inputs_embeds is not None
-                else None
+            batch, layout = self._flat(input_ids, inputs_embeds, layout)
+        limit = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if limit is not None and layout.max_length > limit:
+            raise ValueError(
+                f"a sequence of {layout.max_length} tokens came, but the backbone's positions end at {limit}"
             )
-        self._check_length(layout.max_length)
-        states = self.backbone(
-            input_ids=input_ids,
-            inputs_embeds=inputs_embeds,
-            attention_mask=mask,
-            position_ids=position_ids,
-            use_cache=False,  # with a cache, packed sequences would see each other
-            **options,
-        ).last_hidden_state
-        out = self.head(states.flatten(0, 1), layout)
+        states = self._states(batch, layout, options)
+        if layout.device != states.device:  # a backbone over several devices
+            layout = layout.to(states.device)
+        out = self.head(states, layout)
         result = AdaJudgeOutput(out.reward.unsqueeze(1), out.view_scores, out.view_weights, out.depth_weights)
-        return result.to_tuple() if return_dict is False else result
+        plain = not (self.config.return_dict if return_dict is None else return_dict)
+        return result.to_tuple() if plain else result
 
     def _padded(
         self,
         input_ids: Tensor | None,
-        given: Tensor,
+        inputs_embeds: Tensor | None,
         attention_mask: Tensor | None,
         response_mask: Tensor | None,
         position_ids: Tensor | None,
-    ) -> tuple[Tensor, SequenceLayout, Tensor]:
-        """Mask, layout and positions of a padded batch; positions count from each sequence's first token."""
+    ) -> tuple[dict[str, Any], SequenceLayout]:
+        """The backbone's arguments and the layout of a padded batch."""
+        given = input_ids if input_ids is not None else inputs_embeds
+        assert given is not None
+        shape, device = given.shape[:2], given.device
         if attention_mask is None:
-            attention_mask = given.new_ones(given.shape[:2], dtype=torch.long)
+            attention_mask = torch.ones(shape, dtype=torch.long, device=device)
         if response_mask is None:
             if self.config.turn_boundary is None or input_ids is None:
                 raise ValueError(
                     "response_mask: none came, and it cannot be derived without input_ids and config.turn_boundary; "
                     "pass a [B, L] mask of the response tokens"
                 )
+            assert isinstance(self.config.turn_boundary, Mapping)
             boundary = TurnBoundary.from_dict(self.config.turn_boundary)
             response_mask = response_mask_from_header(input_ids, attention_mask, boundary)
-        layout = SequenceLayout.padded(attention_mask, response_mask)
-        if layout.padded_shape != tuple(given.shape[:2]):
+        layout = SequenceLayout.padded(attention_mask, response_mask).to(device)
+        if layout.padded_shape != tuple(shape):
             raise ValueError(
-                f"attention_mask: shape {layout.padded_shape} came, expected {tuple(given.shape[:2])}"
+                f"attention_mask: shape {layout.padded_shape} came, expected {tuple(shape)} of the tokens"
             )
         if position_ids is None:
-            position_ids = layout.position_ids().unflatten(0, layout.padded_shape)
-        return attention_mask, layout, position_ids
+            position_ids = layout.position_ids().view(shape)
+        # Whatever lies in padding, the backbone sees something finite there: NaN times a zero weight is NaN.
+        real = attention_mask.to(device) != 0
+        if input_ids is not None:
+            first = input_ids.flatten()[layout.ranges[:, 0].long()]
+            input_ids = torch.where(real, input_ids, first[:, None])
+        else:
+            assert inputs_embeds is not None
+            inputs_embeds = torch.where(real[:, :, None], inputs_embeds, 0)
+        batch = {
+            "input_ids": input_ids,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": real.long(),
+            "position_ids": position_ids,
+        }
+        return batch, layout
 
-    def _flat(self, given: Tensor, layout: SequenceLayout) -> tuple[Any, Tensor]:
-        """Mask and positions of a packed or prompt-shared batch."""
-        tokens = given.shape[:-1] if given.is_floating_point() else given.shape
-        if tokens.numel() != layout.num_tokens or (len(tokens) == 2 and tokens[0] != 1):
+    def _flat(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, layout: SequenceLayout
+    ) -> tuple[dict[str, Any], SequenceLayout]:
+        """The backbone's arguments and the layout of a packed or prompt-shared batch."""
+        if layout.padded_shape is not None:
+            raise ValueError("layout: a padded one came; pass attention_mask and response_mask instead")
+        name, given = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
+        assert given is not None
+        tokens = given.shape if inputs_embeds is None else given.shape[:-1]
+        if tuple(tokens) not in ((layout.num_tokens,), (1, layout.num_tokens)):
             raise ValueError(
-                f"{tuple(tokens)} tokens came, expected [1, {layout.num_tokens}] for this layout"
+                f"{name}: tokens of shape {tuple(tokens)} came, expected [1, {layout.num_tokens}] or "
+                f"[{layout.num_tokens}] for this layout"
             )
-        # Packed: positions that start again at 0 and no mask at all make every attention implementation keep the
-        # sequences apart. A tree of shared prompts cannot be told by positions and needs its mask.
-        mask = (
-            prepared_masks(layout, self.backbone.config, self.backbone.dtype)
-            if layout.shares_prompts
-            else None
-        )
-        return mask, layout.position_ids().unsqueeze(0)
+        config = self.backbone.config.get_text_config(decoder=True)
+        check_keeps_apart(self.backbone, config)
+        layout = layout if layout.device == given.device else layout.to(given.device)
+        # Packed: positions that start again at 0 and no mask at all; a mask of ones would let sequences leak
+        # into each other.
+        mask = prepared_masks(layout, config, self.backbone.dtype) if layout.shares_prompts else None
+        batch = {
+            name: given if len(tokens) == 2 else given.unsqueeze(0),
+            "attention_mask": mask,
+            "position_ids": layout.position_ids().unsqueeze(0),
+        }
+        return batch, layout
 
-    def _check_length(self, longest: int) -> None:
-        limit = getattr(self.config.backbone_config, "max_position_embeddings", None)
-        if limit is not None and longest > limit:
+    def _states(self, batch: dict[str, Any], layout: SequenceLayout, options: dict[str, Any]) -> Tensor:
+        """Token states ``[T, d]`` of the backbone.
+
+        Backbones of the LongRoPE kind (Phi-3.5) turn their positions differently once the longest sequence of
+        the batch exceeds the length they were first trained on. Short and long sequences are therefore read
+        apart, or a short one's reward would depend on its neighbours.
+        """
+        lengths = layout.prompt_lengths + layout.response_lengths
+        rope = getattr(self.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+        if rope.get("rope_type") != "longrope":
+            return self._read(batch, layout, lengths, options)
+        long = lengths > rope["original_max_position_embeddings"]
+        if not bool(long.any()) or bool(long.all()):
+            return self._read(batch, layout, lengths, options)
+        if layout.shares_prompts:
             raise ValueError(
-                f"a sequence of {longest} tokens came, but the backbone's positions end at {limit}"
+                f"layout: sequences on both sides of {rope['original_max_position_embeddings']} tokens share "
+                "prompts, which this backbone reads differently; pass them as two batches"
+            )
+        axis = 1 if layout.padded_shape is None else 0
+        chosen = torch.repeat_interleave(long, lengths) if layout.padded_shape is None else long
+        parts, places = [], []
+        for side, of_side in ((~chosen, ~long), (chosen, long)):
+            place = side.nonzero().squeeze(1)
+            part = {name: None if x is None else x.index_select(axis, place) for name, x in batch.items()}
+            states = self._read(part, layout, lengths[of_side], options)
+            parts.append(states if layout.padded_shape is None else states.unflatten(0, (len(place), -1)))
+            places.append(place)
+        return torch.cat(parts)[torch.cat(places).argsort()].flatten(0, -2)
+
+    def _read(
+        self, batch: dict[str, Any], layout: SequenceLayout, lengths: Tensor, options: dict[str, Any]
+    ) -> Tensor:
+        """One call of the backbone, ``[T, d]``. With a cache, packed sequences would see each other: none."""
+        packed = layout.padded_shape is None and not layout.shares_prompts
+        if packed:
+            options = options | flash_arguments(self.backbone.config.get_text_config(decoder=True), lengths)
+        return self.backbone(**batch, use_cache=False, **options).last_hidden_state.flatten(0, 1)
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    if options.get("trust_remote_code"):
+        raise ValueError("trust_remote_code: True came; a judge never runs code of a checkpoint")
+    if options.get("use_safetensors") is False:
+        raise ValueError("use_safetensors: False came; weights are read from safetensors only")
+
+
+def _model_type(name: Any, options: Mapping[str, Any]) -> str | None:
+    where = {key: options[key] for key in _WHERE if key in options}
+    return AdaJudgeConfig.get_config_dict(name, **where)[0].get("model_type")
+
+
+def _check_complete(name: str, info: Mapping[str, Any], problems: tuple[str, ...]) -> None:
+    for problem in problems:
+        keys = sorted(map(str, info.get(problem) or ()))
+        if keys:
+            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+            raise ValueError(
+                f"{name}: {problem.replace('_', ' ')}: {', '.join(keys[:5])}{more}; expected every weight of the "
+                "model and no other"
             )
 
 
