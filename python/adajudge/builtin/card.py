@@ -44,15 +44,16 @@ def write_card(path: Path, results: dict[str, Any], judge: str) -> None:
 A Qwen3-configuration backbone (d = 128, 5 layers, about one million parameters) learned next-token prediction on
 sound and faulty texts of the training split ({plan["backbone_steps"]} steps of {plan["backbone_batch"]} texts). It was
 then frozen. The head (K = 2 refinement blocks) learned from {plan["pairs_per_domain"]} pairs a domain,
-{plan["judge_steps"]} steps, focal Bradley-Terry loss (gamma 2, entropy floor 0.5, weight 0.1). Weights are stored in fp16: test accuracy
+{plan["judge_steps"]} steps, focal Bradley-Terry loss (gamma 2, entropy floor 0.5, weight 0.1).
+Weights are stored in fp16: test accuracy
 {_percent(fp16["stored"])} % as stored, {_percent(fp16["fp32"])} % before.
 
 ## Accuracy on the test split
 
 Per cent of pairs with the chosen side strictly above; {plan["evaluation_pairs_per_domain"]} pairs a domain, a seed used for
-nothing else. Means over {plan["backbone_seeds"]} backbones with {plan["head_seeds"]} heads each ({plan["judge_seeds"]} for {judge});
-sd is that of the average over these runs. All heads read the same frozen states; "last token", "mean" and
-"attention" are the usual single poolings with an MLP of the same width. The shipped judge is the first run.
+nothing else. Means over {plan["backbone_seeds"]} backbones with {plan["head_seeds"]} heads each
+({plan["judge_seeds"]} for {judge}); sd is that of the average over these runs. All heads read the same frozen
+states; "last token", "mean" and "attention" are the usual single poolings with an MLP of the same width. The shipped judge is the first run.
 """,
         _table({**results["baselines"], **results["test_accuracy"]}),
         """
