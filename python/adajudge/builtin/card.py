@@ -53,7 +53,8 @@ Weights are stored in fp16: test accuracy
 Per cent of pairs with the chosen side strictly above; {plan["evaluation_pairs_per_domain"]} pairs a domain, a seed used for
 nothing else. Means over {plan["backbone_seeds"]} backbones with {plan["head_seeds"]} heads each
 ({plan["judge_seeds"]} for {judge}); sd is that of the average over these runs. All heads read the same frozen
-states; "last token", "mean" and "attention" are the usual single poolings with an MLP of the same width. The shipped judge is the first run.
+states; "last token", "mean" and "attention" are the usual single poolings with an MLP of the same width. The shipped
+judge is the first run.
 """,
         _table({**results["baselines"], **results["test_accuracy"]}),
         """

@@ -1,0 +1,185 @@
+"""``adajudge score`` with the built-in judge: files in, files out, errors named, nothing lost."""
+
+import gzip
+import io
+import json
+import subprocess
+import sys
+
+import pyarrow.parquet
+import pytest
+from adajudge.cli import main
+
+GOOD = {"id": "good", "prompt": "tell me about sport .", "response": "the ball and the goal ."}
+PAIR = {
+    "id": "pair",
+    "prompt": "tell me about sport .",
+    "chosen": "the ball and the goal .",
+    "rejected": "the pan and the oven .",
+}
+
+
+def write_lines(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_bad_row_is_named_and_every_good_one_scored(tmp_path, capsys):
+    """CRLF, a byte-order mark, an empty line, a missing field, a wrong type, an empty response, a duplicate id, an
+    overlong row and emoji in one file."""
+    lines = [
+        json.dumps(GOOD),
+        "",
+        json.dumps({"id": "missing", "prompt": "tell me about sport ."}),
+        json.dumps({"id": "type", "prompt": "tell me about sport .", "response": 7}),
+        json.dumps({"id": "empty", "prompt": "tell me about sport .", "response": "  "}),
+        json.dumps(GOOD),
+        json.dumps({"id": "long", "prompt": "tell me about sport .", "response": "ball " * 400}),
+        json.dumps(
+            {"id": "emoji", "prompt": "tell me about sport .", "response": "the ball " * 12 + "🏀"},
+            ensure_ascii=False,
+        ),
+        "{not json",
+        json.dumps(PAIR),
+        json.dumps(
+            {"id": "strange", "prompt": "Discuss Kant's categorical imperative.", "response": "It says ..."}
+        ),
+    ]
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\r\n")
+    assert main(["score", str(source), "--output", str(output)]) == 1
+    assert [record["id"] for record in read_lines(output)] == ["good", "emoji", "pair"]
+    errors = {(e["line"], e["field"]): e["reason"] for e in read_lines(tmp_path / "out.jsonl.errors.jsonl")}
+    assert set(errors) == {
+        (3, "response"),
+        (4, "response"),
+        (5, "response"),
+        (6, "id"),
+        (7, "response"),
+        (9, "row"),
+        (11, "row"),
+    }
+    assert "words are unknown to this judge" in errors[11, "row"]
+    assert "not scored: 7 rows" in capsys.readouterr().out
+
+
+def test_all_rows_scored_is_exit_code_zero_and_removes_a_stale_error_file(tmp_path):
+    source, output = write_lines(tmp_path / "in.jsonl", GOOD, PAIR), tmp_path / "out.jsonl"
+    stale = tmp_path / "out.jsonl.errors.jsonl"
+    stale.write_text("{}\n")
+    assert main(["score", source, "--output", str(output)]) == 0
+    assert not stale.exists()
+    single, pair = read_lines(output)
+    assert set(single) == {
+        "id",
+        "reward",
+        "view_scores",
+        "view_weights",
+        "depth_weights",
+        "prompt_tokens",
+        "response_tokens",
+        "truncated",
+        "unknown_share",
+    }
+    assert pair["winner"] == "chosen"
+    assert pair["margin"] == pytest.approx(pair["chosen"]["reward"] - pair["rejected"]["reward"])
+
+
+@pytest.mark.parametrize("extension", ["jsonl", "jsonl.gz", "json", "parquet"])
+def test_every_format_out_and_in(tmp_path, extension):
+    source = write_lines(tmp_path / "in.jsonl", PAIR, PAIR | {"id": "second"})
+    output = tmp_path / f"out.{extension}"
+    assert main(["score", source, "--output", str(output)]) == 0
+    if extension == "parquet":
+        records = pyarrow.parquet.read_table(output).to_pylist()
+    elif extension == "json":
+        records = json.loads(output.read_text())
+    else:
+        text = (
+            gzip.decompress(output.read_bytes()).decode() if extension.endswith("gz") else output.read_text()
+        )
+        records = [json.loads(line) for line in text.splitlines()]
+    assert [record["id"] for record in records] == ["pair", "second"]
+    assert records[0]["margin"] == records[1]["margin"]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_standard_input_to_standard_output(tmp_path, capsys, monkeypatch):
+    lines = json.dumps(GOOD) + "\n" + "{}\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    assert main(["score", "-", "--output", "-"]) == 1
+    captured = capsys.readouterr()
+    assert [json.loads(line)["id"] for line in captured.out.splitlines()] == ["good"]
+    assert '"line": 2' in captured.err
+
+
+def test_unknown_words_are_scored_only_on_request(tmp_path):
+    strange = {"id": "strange", "prompt": "Discuss Kant.", "response": "He wrote three critiques."}
+    source, output = write_lines(tmp_path / "in.jsonl", strange), tmp_path / "out.jsonl"
+    assert main(["score", source, "--output", str(output)]) == 1
+    assert read_lines(output) == []
+    assert main(["score", source, "--output", str(output), "--allow-unknown"]) == 0
+    assert read_lines(output)[0]["unknown_share"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.jsonl", "--output", "out.jsonl"], "missing.jsonl"),
+        (["in.jsonl", "--output", "out.csv"], "out.csv: unknown extension"),
+        (["in.jsonl", "--output", "nowhere/out.jsonl"], "the folder nowhere does not exist"),
+        (["in.jsonl", "--output", "out.jsonl", "--model", "nothing"], "nothing: no config.json there"),
+        (["in.jsonl", "--output", "out.jsonl", "--max_length", "999"], "max_length: 999 came"),
+    ],
+)
+def test_wrong_usage_is_exit_code_two_and_says_why(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "in.jsonl", GOOD)
+    assert main(["score", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_options_from_a_file_and_the_command_line_wins(tmp_path):
+    source, output = write_lines(tmp_path / "in.jsonl", GOOD), tmp_path / "out.jsonl"
+    config = tmp_path / "options.yaml"
+    config.write_text(f"output: {tmp_path}/other.jsonl\nmax_length: 8\n")
+    assert main(["score", source, "--config", str(config)]) == 1  # 8 tokens do not hold the response
+    assert (
+        main(["score", source, "--config", str(config), "--output", str(output), "--max_length", "64"]) == 0
+    )
+    assert len(read_lines(output)) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_lenght: 8", "unknown key 'max_lenght'"),
+        ("max_length: many", "max_length: 'many' came"),
+        ("dtype: float8", "dtype: 'float8' came"),
+        ("- 1", "list came"),
+    ],
+)
+def test_a_wrong_options_file_is_named(text, message, tmp_path, capsys):
+    config = tmp_path / "options.yaml"
+    config.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        main(["score", "in.jsonl", "--output", "out.jsonl", "--config", str(config)])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    code = (
+        "import sys; from adajudge.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'pyarrow'} & set(sys.modules), 'heavy import'"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "score" in result.stdout

@@ -1,0 +1,145 @@
+"""Scorer: one score however it is asked, in order, nothing lost."""
+
+import math
+
+import pytest
+import torch
+from adajudge import Scorer
+from adajudge.data import Message, Row, RowError
+
+from tests.adajudge.chat_templates.families import family_tokenizer
+from tests.adajudge.judges import BACKBONES
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "the", "moon", "while", "it", "rained"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return family_tokenizer("qwen3")
+
+
+@pytest.fixture(scope="module")
+def judge(tokenizer):
+    from adajudge import AdaJudgeConfig, AdaJudgeForSequenceClassification
+
+    torch.manual_seed(0)
+    backbone = BACKBONES["qwen3"]()
+    backbone.vocab_size = len(tokenizer)
+    backbone.max_position_embeddings = 200
+    config = AdaJudgeConfig(
+        backbone_config=backbone, num_blocks=2, expert_hidden_size=8, router_hidden_size=8
+    )
+    model = AdaJudgeForSequenceClassification(config)
+    for parameter in model.head.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def row(number, *responses, prompt="tell me"):
+    kind = {1: "single", 2: "pair"}.get(len(responses), "candidates")
+    return Row(str(number), number, kind, (Message("user", prompt),), responses)
+
+
+def rows(count):
+    for number in range(1, count + 1):
+        text = " ".join(WORDS[: 1 + number % len(WORDS)])
+        yield row(number, *[f"{text} {i}" for i in range(1 + number % 3)])
+
+
+def test_results_keep_the_order_and_one_per_row(judge, tokenizer):
+    results = list(Scorer(judge, tokenizer, window=7).score(rows(20)))
+    assert [result.row.id for result in results] == [str(n) for n in range(1, 21)]
+    assert [len(result.scores) for result in results] == [1 + n % 3 for n in range(1, 21)]
+
+
+@pytest.fixture(scope="module")
+def alone(judge, tokenizer):
+    """Rewards of the responses of `rows(12)`, each asked for by itself."""
+    scorer = Scorer(judge, tokenizer)
+    return [scorer.score_response("tell me", text).reward for item in rows(12) for text in item.responses]
+
+
+@pytest.mark.parametrize(("budget", "window"), [(1, 512), (100, 5), (8192, 1), (8192, 512)])
+def test_scores_depend_on_no_batch(judge, tokenizer, alone, budget, window):
+    scorer = Scorer(judge, tokenizer, token_budget=budget, window=window)
+    together = [score.reward for result in scorer.score(rows(12)) for score in result.scores]
+    assert torch.allclose(torch.tensor(together), torch.tensor(alone), atol=1e-5)
+
+
+def test_scores_are_the_models_own(judge, tokenizer):
+    score = Scorer(judge, tokenizer).score_response("tell me", "the cat sat")
+    encoded = Scorer(judge, tokenizer).encoder.encode((Message("user", "tell me"),), "the cat sat")
+    out = judge(torch.tensor([encoded.input_ids]), response_mask=torch.tensor([encoded.response_mask]))
+    assert score.reward == pytest.approx(float(out.logits), abs=1e-6)
+    assert score.view_weights == pytest.approx(out.view_weights[0].tolist(), abs=1e-6)
+    assert (score.prompt_tokens, score.response_tokens) == (encoded.prompt_length, encoded.response_length)
+    assert score.reward == pytest.approx(
+        sum(s * w for s, w in zip(score.view_scores, score.view_weights, strict=True))
+    )
+
+
+def test_errors_pass_through_in_place(judge, tokenizer):
+    bad = RowError(2, "x", "response", "missing")
+    results = list(Scorer(judge, tokenizer).score([row(1, "the cat"), bad, row(3, "a mat")]))
+    assert results[1] is bad
+    assert [type(r).__name__ for r in results] == ["ScoredRow", "RowError", "ScoredRow"]
+
+
+def test_a_response_that_does_not_fit_is_an_error_and_its_neighbours_are_scored(judge, tokenizer):
+    results = list(Scorer(judge, tokenizer, max_length=40).score([row(1, "the cat"), row(2, "moon " * 100)]))
+    assert results[0].scores
+    assert isinstance(results[1], RowError)
+    assert results[1].field.startswith("response")
+
+
+def test_a_response_that_does_not_fit_is_cut_only_on_request(judge, tokenizer):
+    scorer = Scorer(judge, tokenizer, max_length=40, truncate_response=True)
+    score = scorer.score_response("tell me", "moon " * 100)
+    assert score.truncated
+
+
+def test_a_long_prompt_is_cut_and_flagged(judge, tokenizer):
+    (result,) = Scorer(judge, tokenizer, max_length=40).score([row(1, "the cat", prompt="moon " * 100)])
+    assert result.scores[0].truncated
+    assert result.scores[0].prompt_tokens + result.scores[0].response_tokens == 40
+
+
+def test_a_reward_that_is_not_finite_is_an_error(judge, tokenizer, monkeypatch):
+    monkeypatch.setattr(judge.head.experts.view_out_bias, "data", torch.full((3,), math.nan))
+    (result,) = Scorer(judge, tokenizer).score([row(1, "the cat")])
+    assert isinstance(result, RowError)
+    assert "not finite" in result.reason
+
+
+def test_a_pairs_record_has_both_sides_and_the_margin(judge, tokenizer):
+    (result,) = Scorer(judge, tokenizer).score([row(1, "the cat sat", "a mat")])
+    record = result.to_record()
+    assert record["margin"] == pytest.approx(record["chosen"]["reward"] - record["rejected"]["reward"])
+    assert record["winner"] == ("chosen" if record["margin"] > 0 else "rejected")
+    assert set(record["chosen"]) >= {"reward", "view_scores", "view_weights", "depth_weights", "truncated"}
+
+
+def test_candidates_are_ranked(judge, tokenizer):
+    (result,) = Scorer(judge, tokenizer).score([row(1, "the cat sat", "a mat", "moon", "it rained")])
+    record = result.to_record()
+    rewards = [candidate["reward"] for candidate in record["candidates"]]
+    assert record["ranking"] == sorted(range(4), key=lambda i: -rewards[i])
+    assert record["winner"] == record["ranking"][0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"token_budget": 0}, "token_budget: 0 came"),
+        ({"window": 0}, "window: 0 came"),
+        ({"max_length": 999}, "max_length: 999 came, but the backbone ends at 200"),
+    ],
+)
+def test_impossible_options_are_refused(judge, tokenizer, options, message):
+    with pytest.raises(ValueError, match=message):
+        Scorer(judge, tokenizer, **options)
+
+
+def test_a_folder_without_a_judge_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json there"):
+        Scorer.from_pretrained(tmp_path)
