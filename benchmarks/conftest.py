@@ -1,0 +1,34 @@
+"""Options and the read bandwidth that every case is measured against."""
+
+import time
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="cpu or cuda")
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(scope="session")
+def synchronise(device):
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+
+@pytest.fixture(scope="session")
+def read_bandwidth(device, synchronise):
+    """Bytes per second of a sum over 1 GiB, the best of five."""
+    buffer = torch.ones(2**28, device=device)
+    seconds = []
+    for _ in range(5):
+        synchronise()
+        started = time.perf_counter()
+        buffer.sum()
+        synchronise()
+        seconds.append(time.perf_counter() - started)
+    return buffer.numel() * 4 / min(seconds)
