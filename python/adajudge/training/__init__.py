@@ -1,0 +1,24 @@
+"""Training a judge on preference pairs: the data, the trainer, LoRA adapters, and the record of a run.
+
+pairs = load_pairs("pairs.jsonl", encoder)
+trainer = AdaJudgeTrainer(model, AdaJudgeTrainingArguments("out"), train_dataset=pairs.dataset)
+trainer.train()
+"""
+
+from .adapters import add_lora, load_judge
+from .pairs import LoadedPairs, PairDataset, load_pairs
+from .record import TrainingRecord, draw_training_curve
+from .trainer import AdaJudgeTrainer, AdaJudgeTrainingArguments, pair_metrics
+
+__all__ = [
+    "AdaJudgeTrainer",
+    "AdaJudgeTrainingArguments",
+    "LoadedPairs",
+    "PairDataset",
+    "TrainingRecord",
+    "add_lora",
+    "draw_training_curve",
+    "load_judge",
+    "load_pairs",
+    "pair_metrics",
+]

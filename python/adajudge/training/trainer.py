@@ -1,0 +1,187 @@
+"""`AdaJudgeTrainer`: transformers' Trainer on preference pairs with the focal Bradley-Terry loss."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from adajudge_kernels import focal_bradley_terry_loss
+
+# Columns of what is measured for each pair; the log's names for their means.
+_MEASURES = (
+    "accuracy",
+    "margin",
+    "router_entropy",
+    "view_weight_last",
+    "view_weight_mean",
+    "view_weight_attention",
+)
+
+
+@dataclass
+class AdaJudgeTrainingArguments(TrainingArguments):
+    """transformers' `TrainingArguments` and the numbers of the loss.
+
+    Args:
+        gamma: focusing exponent of the focal Bradley-Terry loss, at least 0.
+        temperature: tau_bt, above 0.
+        entropy_floor: eta, the router entropy in nats below which the penalty sets in.
+        entropy_weight: lambda of that penalty.
+        remove_unused_columns: False: a data set of pairs has no columns.
+        logging_nan_inf_filter: False: the filter hides a loss that is not finite, and waits for the device at
+            every step. A loss that is not finite ends the training instead.
+    """
+
+    gamma: float = 2.0
+    temperature: float = 1.0
+    entropy_floor: float = 0.5
+    entropy_weight: float = 0.1
+    remove_unused_columns: bool = False
+    logging_nan_inf_filter: bool = False
+
+
+class AdaJudgeTrainer(Trainer):
+    """Trains a judge (plain or under LoRA) on batches of :class:`adajudge.data.PairCollator`.
+
+    The loss of a batch of N pairs (2N rows, all chosen ones first) is
+    ``mean[-w (1-p)^gamma log p] + entropy_weight * mean[max(0, entropy_floor - H(pi))^2]`` with
+    ``p = sigmoid((r+ - r-) / temperature)``, see `adajudge_kernels.focal_bradley_terry_loss`.
+
+    Logged beside the loss, for training (over the steps since the last log) and evaluation: accuracy (share of
+    pairs with the chosen reward strictly above), margin (mean of r+ - r-), router_entropy (mean H(pi), nats),
+    view_weight_last, view_weight_mean, view_weight_attention (mean pi). During training they are summed on the
+    device and read once per log.
+
+    A log is written wherever a checkpoint is: a resumed run then logs exactly what an uninterrupted one does.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+
+    args: AdaJudgeTrainingArguments
+    loss_is_scaled_for_ga = False  # compute_loss gives the mean of one batch
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: AdaJudgeTrainingArguments,
+        *,
+        callbacks: list[TrainerCallback] | None = None,
+        **options: Any,
+    ) -> None:
+        options.setdefault("compute_metrics", pair_metrics)
+        super().__init__(model, args, callbacks=[_LogWithCheckpoint(), *(callbacks or [])], **options)
+        self._sums: Tensor | None = None  # [number of measures + 1]: sums over pairs, number of pairs
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Loss of one batch, and with `return_outputs` the model's output.
+
+        Raises:
+            ValueError: an odd number of rows.
+        """
+        inputs = dict(inputs)
+        pair_weight = inputs.pop("pair_weight", None)
+        output = model(**inputs)
+        chosen, rejected = _sides(output["logits"])
+        loss = focal_bradley_terry_loss(
+            chosen,
+            rejected,
+            gamma=self.args.gamma,
+            temperature=self.args.temperature,
+            pair_weight=pair_weight,
+            view_weights=output["view_weights"].float(),
+            entropy_floor=self.args.entropy_floor,
+            entropy_weight=self.args.entropy_weight,
+        )
+        if model.training:
+            with torch.no_grad():
+                measured = _measure(output)
+                sums = torch.cat([measured.sum(dim=0), measured.new_tensor([float(measured.shape[0])])])
+                self._sums = sums if self._sums is None else self._sums + sums
+        return (loss, output) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Loss of a batch, measures of its pairs ``[N, 6]`` and weights ``[N]``."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, output = self.compute_loss(model, inputs, return_outputs=True)
+        loss = loss.detach().mean()
+        if prediction_loss_only:
+            return loss, None, None
+        measured = _measure(output)
+        weight = inputs.get("pair_weight")
+        return loss, measured, measured.new_ones(measured.shape[0]) if weight is None else weight
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the measures since the last log to a log of the training loss."""
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise FloatingPointError(
+                    f"the loss is {logs['loss']} at step {self.state.global_step}; a lower learning_rate, "
+                    "bf16 in place of fp16, or a look at the data of the last steps may help"
+                )
+            if self._sums is not None:
+                *sums, pairs = self.accelerator.reduce(self._sums, "sum").tolist()
+                logs |= {name: value / pairs for name, value in zip(_MEASURES, sums, strict=True)}
+                self._sums = None
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the judge; of a LoRA adapter also the judge's configuration, without which it has no head to fill."""
+        super().save_model(output_dir, _internal_call)
+        model = self.accelerator.unwrap_model(self.model)
+        if self.args.should_save and hasattr(model, "peft_config"):
+            model.get_base_model().config.save_pretrained(output_dir or self.args.output_dir)
+
+
+class _LogWithCheckpoint(TrainerCallback):
+    """Ends a log's window at each checkpoint; what lies between log and checkpoint would be lost on resuming."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        """Log where a checkpoint is about to be saved."""
+        control.should_log = control.should_log or control.should_save
+        return control
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        """The same at the end of an epoch."""
+        return self.on_step_end(args, state, control)
+
+
+def pair_metrics(prediction: Any) -> dict[str, float]:
+    """Means over all evaluated pairs: `compute_metrics` of the trainer's evaluation."""
+    means = prediction.predictions.astype("float64").mean(axis=0)
+    return {name: float(mean) for name, mean in zip(_MEASURES, means, strict=True)}
+
+
+def _sides(logits: Tensor) -> tuple[Tensor, Tensor]:
+    if logits.shape[0] % 2:
+        raise ValueError(f"{logits.shape[0]} rows came, expected N chosen ones and then N rejected ones")
+    chosen, rejected = logits[:, 0].float().chunk(2) if logits.shape[0] else (logits[:, 0], logits[:, 0])
+    return chosen, rejected
+
+
+def _measure(output: Any) -> Tensor:
+    """``[N, 6]`` fp32: the measures of each pair, router figures averaged over its sides."""
+    chosen, rejected = _sides(output["logits"].detach())
+    margin = chosen - rejected
+    weights = output["view_weights"].detach().float()  # [2N, 3]
+    entropy = -torch.xlogy(weights, weights).sum(dim=1)
+    router = torch.cat([entropy[:, None], weights], dim=1).unflatten(0, (2, -1)).mean(dim=0)  # [N, 4]
+    return torch.cat([(margin > 0).float()[:, None], margin[:, None], router], dim=1)
