@@ -186,8 +186,13 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
                 )
         options["use_safetensors"] = True
         want_info = options.pop("output_loading_info", False)
+        # The Auto classes name an adapter this way. It is loaded afterwards: transformers would report its keys only.
+        adapter_options = dict(options.pop("adapter_kwargs", None) or {})
+        adapter = adapter_options.pop("_adapter_model_path", None)
         model, info = super().from_pretrained(name, *args, output_loading_info=True, **options)
         _check_complete(str(name), info, ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"))
+        if adapter is not None:
+            model.load_adapter(adapter, adapter_kwargs=adapter_options)
         return (model, info) if want_info else model
 
     def get_input_embeddings(self) -> torch.nn.Module:
@@ -343,6 +348,8 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
         the batch exceeds the length they were first trained on. Short and long sequences are therefore read
         apart, or a short one's reward would depend on its neighbours.
         """
+        if layout.num_tokens == 0:  # no backbone takes an empty batch
+            return torch.zeros(0, self.config.hidden_size, dtype=self.backbone.dtype, device=layout.device)
         lengths = layout.prompt_lengths + layout.response_lengths
         rope = getattr(self.config.get_text_config(decoder=True), "rope_parameters", None) or {}
         if rope.get("rope_type") != "longrope":
