@@ -256,9 +256,12 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
         else:
             batch, layout = self._flat(input_ids, inputs_embeds, layout)
         limit = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        if limit is not None and layout.max_length > limit:
+        reach = layout.max_length
+        if position_ids is not None and layout.num_tokens:
+            reach = max(reach, int(batch["position_ids"].max()) + 1)
+        if limit is not None and reach > limit:
             raise ValueError(
-                f"a sequence of {layout.max_length} tokens came, but the backbone's positions end at {limit}"
+                f"a sequence of {reach} tokens came, but the backbone's positions end at {limit}"
             )
         states = self._states(batch, layout, options)
         if layout.device != states.device:  # a backbone over several devices
@@ -298,6 +301,10 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
             )
         if position_ids is None:
             position_ids = layout.position_ids().view(shape)
+        elif position_ids.shape != shape:
+            raise ValueError(
+                f"position_ids: shape {tuple(position_ids.shape)} came, expected {tuple(shape)} of the tokens"
+            )
         # Whatever lies in padding, the backbone sees something finite there: NaN times a zero weight is NaN.
         real = attention_mask.to(device) != 0
         if input_ids is not None:
@@ -310,7 +317,7 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
             "input_ids": input_ids,
             "inputs_embeds": inputs_embeds,
             "attention_mask": real.long(),
-            "position_ids": position_ids,
+            "position_ids": torch.where(real, position_ids, 0),
         }
         return batch, layout
 

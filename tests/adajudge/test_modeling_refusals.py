@@ -92,6 +92,20 @@ def test_the_pad_tokens_embedding_is_never_read():
     assert torch.equal(model(**batch | {"input_ids": outside}).logits, expected)
 
 
+def test_given_positions_are_taken_and_those_of_padding_are_not():
+    model = random_judge()
+    batch = padded_inputs(token_ids(), "padded_left")
+    real = batch["attention_mask"]
+    counted = (real.cumsum(1) - 1).masked_fill(real == 0, 1000)
+    expected = model(**batch).logits
+    assert torch.equal(model(**batch, position_ids=counted).logits, expected)
+    assert not torch.equal(model(**batch, position_ids=counted * 2 * real).logits, expected)
+    with pytest.raises(ValueError, match=r"a sequence of 67 tokens came, but .* end at 64"):
+        model(**batch, position_ids=counted + 50)
+    with pytest.raises(ValueError, match="position_ids: shape"):
+        model(**batch, position_ids=counted[:1])
+
+
 # Sequences that share a row
 
 
