@@ -105,8 +105,8 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     try:
-        trainer = _prepare(args)
         checkpoint = _checkpoint(args)
+        trainer = _prepare(args)
     except _UsageError as error:
         print(f"adajudge train: {error}", file=sys.stderr)
         return 2
@@ -131,7 +131,7 @@ def _prepare(args: argparse.Namespace) -> AdaJudgeTrainer:
     from transformers import AutoTokenizer, set_seed
     from transformers.utils import logging as transformers_logging
 
-    from adajudge.data import ConversationEncoder, PairCollator
+    from adajudge.data import ChatTemplateError, ConversationEncoder, PairCollator
     from adajudge.training import AdaJudgeTrainer, TrainingRecord, add_lora
 
     transformers_logging.disable_progress_bar()
@@ -144,6 +144,8 @@ def _prepare(args: argparse.Namespace) -> AdaJudgeTrainer:
             tokenizer.chat_template = Path(args.chat_template_path).read_text(encoding="utf-8")
         max_length = _max_length(args.max_length, model.config)
         encoder = ConversationEncoder(tokenizer, max_length, truncate_response=args.truncate_response)
+    except ChatTemplateError as error:
+        raise _UsageError(f"{error}; on this command line: --chat_template_path FILE") from error
     except (OSError, ValueError) as error:
         raise _UsageError(f"tokenizer of {args.model_name_or_path}: {error}") from error
     model.config.turn_boundary = encoder.boundary.to_dict()
@@ -200,7 +202,8 @@ def _training_arguments(args: argparse.Namespace) -> AdaJudgeTrainingArguments:
     if given.pop("gradient_checkpointing"):  # transformers 5.23 renamed it
         name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
         given |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}  # also with a frozen embedding
-    given["dataloader_pin_memory"] = not args.use_cpu and torch.accelerator.is_available()
+    given["use_cpu"] = args.use_cpu or not torch.accelerator.is_available()
+    given["dataloader_pin_memory"] = not given["use_cpu"]
     try:
         return AdaJudgeTrainingArguments(disable_tqdm=not sys.stderr.isatty(), **given)
     except (ValueError, OSError, ImportError) as error:
@@ -290,19 +293,32 @@ def _progress(option: str) -> Callable[[Iterable[Row | RowError]], Iterable[Row 
 
 
 def _checkpoint(args: argparse.Namespace) -> str | None:
-    """The checkpoint to resume from; `true` is the latest of the output folder."""
+    """The checkpoint to resume from; `true` is the latest of the output folder.
+
+    Without one the output folder must be free: beside what an earlier run left there, nobody could tell which
+    weights and checkpoints are whose.
+    """
     from transformers.trainer_utils import get_last_checkpoint
 
-    asked = args.resume_from_checkpoint
+    asked, output = args.resume_from_checkpoint, Path(args.output_dir)
     if asked is None or asked.lower() == "false":
+        names = ("model*.safetensors", "adapter_model.safetensors", "checkpoint-*")
+        found = sorted(path.name for name in names for path in output.glob(name))
+        if found:
+            raise _UsageError(
+                f"output_dir: {output} holds {found[0]} of an earlier run; name another folder, remove what is "
+                "there, or go on with it by --resume_from_checkpoint"
+            )
         return None
     if asked.lower() == "true":
-        latest: str | None = get_last_checkpoint(args.output_dir)
-        if latest is None:
-            raise _UsageError(f"resume_from_checkpoint: no checkpoint in {args.output_dir}")
-        return latest
+        asked = get_last_checkpoint(output) if output.is_dir() else None
+        if asked is None:
+            raise _UsageError(f"resume_from_checkpoint: no checkpoint in {output}")
     if not (Path(asked) / "trainer_state.json").is_file():
         raise _UsageError(f"resume_from_checkpoint: {asked} is no checkpoint (no trainer_state.json there)")
+    if (Path(asked) / "adapter_config.json").is_file() != args.use_peft:
+        kind = "without" if args.use_peft else "with"
+        raise _UsageError(f"resume_from_checkpoint: {asked} is of a run {kind} use_peft")
     return str(asked)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
+from adajudge.data import ConversationEncoder
 from adajudge_kernels import focal_bradley_terry_loss
 
 # Columns of what is measured for each pair; the log's names for their means.
@@ -57,6 +58,9 @@ class AdaJudgeTrainer(Trainer):
     view_weight_last, view_weight_mean, view_weight_attention (mean pi). During training they are summed on the
     device and read once per log.
 
+    With a tokenizer (`processing_class`), its turn boundary goes into the configuration of a judge that has none,
+    and it is saved beside every checkpoint: each can be scored at once.
+
     A log is written wherever a checkpoint is: a resumed run then logs exactly what an uninterrupted one does.
 
     Raises:
@@ -75,6 +79,9 @@ class AdaJudgeTrainer(Trainer):
         **options: Any,
     ) -> None:
         options.setdefault("compute_metrics", pair_metrics)
+        tokenizer = options.get("processing_class")
+        if tokenizer is not None and model.config.turn_boundary is None:
+            model.config.turn_boundary = ConversationEncoder(tokenizer).boundary.to_dict()
         super().__init__(model, args, callbacks=[_LogWithCheckpoint(), *(callbacks or [])], **options)
         self._sums: Tensor | None = None  # [number of measures + 1]: sums over pairs, number of pairs
 

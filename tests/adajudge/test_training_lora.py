@@ -1,0 +1,132 @@
+"""LoRA: what is trained, and that saving, loading and merging keep head and rewards."""
+
+import shutil
+
+import pytest
+import torch
+from adajudge import AdaJudgeForSequenceClassification
+from adajudge.data import ConversationEncoder, EncodedPair, PairCollator
+from adajudge.training import add_lora, load_judge
+from safetensors.torch import load_file, save_file
+
+from tests.adajudge.chat_templates.families import family_tokenizer
+from tests.adajudge.toy_training import (
+    logged,
+    save_backbone,
+    single_thread,  # noqa: F401 (a fixture)
+    toy_judge,
+    toy_rows,
+    toy_trainer,
+)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    return save_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+@pytest.fixture(scope="module")
+def trained(backbone, tmp_path_factory):
+    """A trainer whose adapter is saved in its folder."""
+    folder = tmp_path_factory.mktemp("run")
+    model = toy_judge(backbone)
+    model.name_or_path = backbone
+    trainer = toy_trainer(add_lora(model, r=4), folder, toy_rows(), max_steps=16, learning_rate=1e-2)
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+def rewards(model):
+    encoder = ConversationEncoder(family_tokenizer("qwen3"))
+    pairs = []
+    for row in toy_rows(8):
+        prompt = [{"role": "user", "content": row["prompt"]}]
+        pairs.append(
+            EncodedPair(encoder.encode(prompt, row["chosen"]), encoder.encode(prompt, row["rejected"]))
+        )
+    batch = PairCollator(0)(pairs)
+    batch.pop("pair_weight")
+    with torch.no_grad():
+        return model.eval()(**batch).logits[:, 0]
+
+
+def test_the_head_and_the_matrices_are_trained_and_nothing_else(backbone):
+    model = add_lora(toy_judge(backbone), r=4)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    heads = {name for name in trainable if ".head.modules_to_save." in name}
+    matrices = {name for name in trainable if ".backbone." in name and ".lora_" in name}
+    assert trainable == heads | matrices
+    assert len(heads) == len(toy_judge(backbone).head.state_dict())
+    assert len(matrices) == 2 * 7 * 2  # two matrices for each of seven linear layers, two layers
+
+
+def test_named_modules_only(backbone):
+    model = add_lora(toy_judge(backbone), target_modules=["q_proj", "v_proj"])
+    adapted = {
+        name.split(".lora_")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_" in name
+    }
+    assert adapted == {"q_proj", "v_proj"}
+
+
+def test_an_unknown_module_is_named(backbone):
+    with pytest.raises(ValueError, match=r"lora_target_modules: query came; .* q_proj"):
+        add_lora(toy_judge(backbone), target_modules=["q_proj", "query"])
+
+
+def test_it_learns(trained):
+    assert logged(trained)[16] < 0.1 * logged(trained)[1]
+
+
+def test_loading_an_adapter_keeps_head_and_rewards(trained):
+    loaded = load_judge(trained.args.output_dir)
+    assert type(loaded) is AdaJudgeForSequenceClassification
+    head = trained.model.get_base_model().head.modules_to_save["default"].state_dict()
+    for name, value in loaded.head.state_dict().items():
+        assert torch.equal(value, head[name]), name
+    torch.testing.assert_close(rewards(loaded), rewards(trained.model), atol=1e-4, rtol=1e-4)
+    assert loaded.config.turn_boundary == trained.model.config.turn_boundary
+
+
+def test_the_matrices_matter(trained, backbone):
+    """Else the test above would prove nothing of them."""
+    loaded = load_judge(trained.args.output_dir)
+    plain = toy_judge(backbone)
+    plain.head.load_state_dict(loaded.head.state_dict())
+    assert (rewards(plain) - rewards(loaded)).abs().max() > 1e-2
+
+
+def test_a_merged_judge_is_saved_whole(trained, tmp_path):
+    merged = load_judge(trained.args.output_dir)
+    merged.save_pretrained(tmp_path)
+    loaded = AdaJudgeForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(rewards(loaded), rewards(merged))
+
+
+def test_an_adapter_without_its_head_is_refused(trained, tmp_path):
+    folder = shutil.copytree(trained.args.output_dir, tmp_path / "adapter")
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file(
+        {name: value for name, value in weights.items() if "view_in_weight" not in name},
+        folder / "adapter_model.safetensors",
+    )
+    with pytest.raises(ValueError, match=r"no head weights experts.view_in_weight"):
+        load_judge(folder)
+
+
+def test_an_adapter_of_a_saved_judge(trained, tmp_path):
+    """Training goes on from a judge: the adapter is merged into that judge, not into a new head."""
+    load_judge(trained.args.output_dir).save_pretrained(tmp_path / "judge")
+    trainer = toy_trainer(
+        add_lora(load_judge(tmp_path / "judge"), r=4), tmp_path / "run", toy_rows(), max_steps=2
+    )
+    trainer.train()
+    trainer.save_model()
+    torch.testing.assert_close(
+        rewards(load_judge(tmp_path / "run")), rewards(trainer.model), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_a_head_option_that_differs_from_the_judges_is_refused(trained):
+    with pytest.raises(ValueError, match=r"num_blocks: 3 came, but the judge .* has 1"):
+        load_judge(trained.args.output_dir, num_blocks=3)
