@@ -204,6 +204,17 @@ def test_a_wrong_configuration_file_names_the_key(options, tmp_path, capsys, lin
     assert named in capsys.readouterr().err
 
 
+def test_yamls_own_readings_of_values(options, tmp_path):
+    """A bare `no` is false in YAML, 1e-3 is text, and a list of one name may come as a name."""
+    text = (
+        "save_strategy: no\nlearning_rate: 1e-3\nuse_peft: true\nlora_target_modules: q_proj\nmax_steps: 1\n"
+    )
+    (tmp_path / "run.yaml").write_text(text)
+    del options["max_steps"]
+    assert train(options | {"config": str(tmp_path / "run.yaml")}) == 0
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
 def test_a_folder_with_an_earlier_judge_is_not_written_over(options, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.safetensors").write_bytes(b"")

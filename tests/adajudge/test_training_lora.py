@@ -1,5 +1,6 @@
 """LoRA: what is trained, and that saving, loading and merging keep head and rewards."""
 
+import json
 import shutil
 
 import pytest
@@ -29,9 +30,9 @@ def backbone(tmp_path_factory):
 def trained(backbone, tmp_path_factory):
     """A trainer whose adapter is saved in its folder."""
     folder = tmp_path_factory.mktemp("run")
-    model = toy_judge(backbone)
-    model.name_or_path = backbone
-    trainer = toy_trainer(add_lora(model, r=4), folder, toy_rows(), max_steps=16, learning_rate=1e-2)
+    trainer = toy_trainer(
+        add_lora(toy_judge(backbone), r=4), folder, toy_rows(), max_steps=16, learning_rate=1e-2
+    )
     trainer.train()
     trainer.save_model()
     return trainer
@@ -114,17 +115,28 @@ def test_an_adapter_without_its_head_is_refused(trained, tmp_path):
         load_judge(folder)
 
 
-def test_an_adapter_of_a_saved_judge(trained, tmp_path):
-    """Training goes on from a judge: the adapter is merged into that judge, not into a new head."""
-    load_judge(trained.args.output_dir).save_pretrained(tmp_path / "judge")
-    trainer = toy_trainer(
-        add_lora(load_judge(tmp_path / "judge"), r=4), tmp_path / "run", toy_rows(), max_steps=2
-    )
+@pytest.mark.parametrize("merged_first", [True, False], ids=["of-a-judge", "of-an-adapter"])
+def test_an_adapter_on_what_was_trained_before(trained, tmp_path, merged_first):
+    """Training goes on: the second adapter needs the first one's result, not the bare backbone with a new head."""
+    before = trained.args.output_dir
+    if merged_first:
+        before = tmp_path / "judge"
+        load_judge(trained.args.output_dir).save_pretrained(before)
+    trainer = toy_trainer(add_lora(load_judge(before), r=4), tmp_path / "run", toy_rows(), max_steps=2)
     trainer.train()
     trainer.save_model()
     torch.testing.assert_close(
         rewards(load_judge(tmp_path / "run")), rewards(trainer.model), atol=1e-4, rtol=1e-4
     )
+
+
+def test_an_adapter_whose_backbone_is_gone_says_so(trained, tmp_path):
+    folder = shutil.copytree(trained.args.output_dir, tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "gone")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(OSError, match=r"the adapter was trained on .*gone, which cannot be loaded"):
+        load_judge(folder)
 
 
 def test_a_head_option_that_differs_from_the_judges_is_refused(trained):

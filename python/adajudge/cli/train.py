@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training, as in transformers' TrainingArguments")
     _add(group, "learning_rate", "default 1e-5; 1e-4 with use_peft or freeze_backbone", above_zero)
     _add(group, "num_train_epochs", "default 3", above_zero)
-    _add(group, "max_steps", "instead of epochs", whole)
+    _add(group, "max_steps", "instead of epochs; default -1: epochs count", _number(int, -1))
     _add(group, "per_device_train_batch_size", "pairs; default 8", whole)
     _add(group, "per_device_eval_batch_size", "pairs; default 8", whole)
     _add(group, "gradient_accumulation_steps", "default 1", whole)
@@ -87,10 +87,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(group, "gradient_checkpointing", "less memory for more arithmetic", bool)
     _add(group, "seed", "default 42", _number(int, 0))
     _add(group, "logging_steps", "default 10; below 1: the share of all steps", share, default=10)
-    _add(group, "save_strategy", "default steps", str, choices=("no", "steps", "epoch"))
+    _add(group, "save_strategy", "default steps", _strategy, choices=("no", "steps", "epoch"))
     _add(group, "save_steps", "default 500; below 1: the share of all steps", share)
     _add(group, "save_total_limit", "checkpoints that are kept; default all", whole)
-    _add(group, "eval_strategy", "default: steps with eval_steps, else epoch", str,
+    _add(group, "eval_strategy", "default: steps with eval_steps, else epoch", _strategy,
          choices=("no", "steps", "epoch"))  # fmt: skip
     _add(group, "eval_steps", "steps between evaluations; below 1: the share of all steps", share)
     _add(group, "dataloader_num_workers", "default 0", _number(int, 0))
@@ -119,6 +119,8 @@ def run(args: argparse.Namespace) -> int:
         return 1
     if trainer.is_world_process_zero():
         _report(args, trainer)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # a process that leaves its group unasked may abort
     return 0
 
 
@@ -159,7 +161,9 @@ def _prepare(args: argparse.Namespace) -> AdaJudgeTrainer:
                 r=args.lora_r,
                 alpha=args.lora_alpha,
                 dropout=args.lora_dropout,
-                target_modules=args.lora_target_modules,
+                target_modules=[args.lora_target_modules]
+                if isinstance(args.lora_target_modules, str)
+                else args.lora_target_modules,  # a single name from a YAML file
             )
         except ValueError as error:
             raise _UsageError(str(error)) from error
@@ -189,7 +193,7 @@ def _training_arguments(args: argparse.Namespace) -> AdaJudgeTrainingArguments:
         ("eval_steps", "eval_data"),
         ("eval_strategy", "eval_data"),
     ):
-        if getattr(args, option) and not getattr(args, needed):
+        if getattr(args, option) not in (None, False, "no") and not getattr(args, needed):
             raise _UsageError(f"{option} came without {needed}")
     known = {field.name for field in dataclasses.fields(AdaJudgeTrainingArguments)}
     given = {key: value for key, value in vars(args).items() if key in known and value is not None}
@@ -380,6 +384,11 @@ def _boolean(text: str) -> bool:
     if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"true or false; {text!r} came")
     return values[text.lower()]
+
+
+def _strategy(text: str) -> str:
+    """YAML reads a bare `no` as false."""
+    return "no" if text.lower() == "false" else text
 
 
 def _step_count(text: str) -> int | float:

@@ -39,7 +39,7 @@ def add_lora(
     """Freeze the backbone under LoRA matrices; the head stays fully trained and is saved with the adapter.
 
     Args:
-        model: a judge. Its backbone's weights are those the adapter will need again.
+        model: a judge, as loaded from a folder or hub name; the adapter remembers which, and needs it again.
         r: rank of the matrices.
         alpha: their scale times r.
         dropout: on their input.
@@ -68,6 +68,8 @@ def add_lora(
             f"{', '.join(sorted(linear))}, or {ALL_LINEAR}"
         )
     names = "|".join(map(re.escape, wanted))
+    base = model.name_or_path or model.backbone.name_or_path
+    model.name_or_path = str(Path(base).resolve()) if base and Path(base).is_dir() else base
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -98,7 +100,7 @@ def load_judge(
 
     Raises:
         ValueError: a head field differs from the saved judge's, or the adapter's file lacks part of the head.
-        OSError: nothing loadable there.
+        OSError: nothing loadable there, or not any more where an adapter was trained.
     """
     name = os.fspath(path)
     options: dict[str, Any] = {"dtype": dtype or "auto"}
@@ -110,13 +112,11 @@ def load_judge(
     config = AutoConfig.from_pretrained(name)
     if isinstance(config, AdaJudgeConfig):
         _check_head(name, config, head)
-        model: AdaJudgeForSequenceClassification = AdaJudgeForSequenceClassification.from_pretrained(
+        judge: AdaJudgeForSequenceClassification = AdaJudgeForSequenceClassification.from_pretrained(
             name, **options
         )
-    else:
-        model = AdaJudgeForSequenceClassification.from_backbone(name, **options, **head)
-    model.name_or_path = str(Path(name).resolve()) if Path(name).is_dir() else name  # for an adapter's config
-    return model
+        return judge
+    return AdaJudgeForSequenceClassification.from_backbone(name, **options, **head)
 
 
 def _check_head(name: str, config: AdaJudgeConfig, head: dict[str, Any]) -> None:
@@ -133,8 +133,15 @@ def _load_adapter(name: str, options: dict[str, Any]) -> AdaJudgeForSequenceClas
     base = PeftConfig.from_pretrained(name).base_model_name_or_path
     config = AdaJudgeConfig.from_pretrained(name)
     fields = {key: getattr(config, key) for key in _HEAD_FIELDS}
-    is_judge = isinstance(AutoConfig.from_pretrained(base), AdaJudgeConfig)
-    model = load_judge(base, **options, **({} if is_judge else fields))
+    if not base:
+        raise ValueError(f"{name}: the adapter does not say which weights it was trained on")
+    try:
+        is_judge = isinstance(AutoConfig.from_pretrained(base), AdaJudgeConfig)
+        model = load_judge(base, **options, **({} if is_judge else fields))
+    except OSError as error:
+        raise OSError(
+            f"{name}: the adapter was trained on {base}, which cannot be loaded: {error}"
+        ) from error
     with safe_open(Path(name) / "adapter_model.safetensors", "pt") as file:
         saved = set(file.keys())
     missing = [key for key in model.head.state_dict() if f"base_model.model.head.{key}" not in saved]
@@ -144,4 +151,5 @@ def _load_adapter(name: str, options: dict[str, Any]) -> AdaJudgeForSequenceClas
         )
     merged: AdaJudgeForSequenceClassification = PeftModel.from_pretrained(model, name).merge_and_unload()
     merged.config.turn_boundary = config.turn_boundary
+    merged.name_or_path = name  # an adapter of this one needs both
     return merged
