@@ -3,6 +3,10 @@
 import pytest
 import torch
 
+# Test workers run side by side and their tensors are small: waiting for threads would be most of the time. What
+# must not depend on the number of threads is tested with several (test_contract.py).
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:

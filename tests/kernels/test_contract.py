@@ -119,6 +119,20 @@ def test_two_rowwise_runs_are_bit_identical(name, draw, call, truth, device):
     assert all(torch.equal(first[1][key], second[1][key]) for key in inputs)
 
 
+@pooling
+def test_the_number_of_threads_never_changes_a_bit(operation, device):
+    layout, _ = LONG.lay_out("shared", device)
+    inputs = {name: x.to(device, torch.float32) for name, x in operation.draw(LONG, 300, 3).items()}
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(operation.call(inputs, layout))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
 def outputs_by_layout(operation, inputs, batch, dtype, device):
     for kind in LAYOUTS:
         layout, source = batch.lay_out(kind, device)

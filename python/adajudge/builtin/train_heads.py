@@ -122,7 +122,7 @@ class UnrefinedAdaJudge(nn.Module):
         if self.uniform:
             third = torch.full_like(out.view_weights, 1 / 3)
             return JudgeOutput(out.view_scores.mean(dim=1), out.view_scores, third, ones)
-        return JudgeOutput(*out, ones)
+        return JudgeOutput(out.reward, out.view_scores, out.view_weights, ones)
 
 
 def build_judge_head(hidden_size: int) -> AdaJudgeHead:
