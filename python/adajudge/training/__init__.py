@@ -8,7 +8,7 @@ trainer.train()
 from .adapters import add_lora, load_judge
 from .pairs import LoadedPairs, PairDataset, load_pairs
 from .record import TrainingRecord, draw_training_curve
-from .trainer import AdaJudgeTrainer, AdaJudgeTrainingArguments, pair_metrics
+from .trainer import AdaJudgeTrainer, AdaJudgeTrainingArguments
 
 __all__ = [
     "AdaJudgeTrainer",
@@ -20,5 +20,4 @@ __all__ = [
     "draw_training_curve",
     "load_judge",
     "load_pairs",
-    "pair_metrics",
 ]

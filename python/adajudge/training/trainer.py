@@ -78,7 +78,7 @@ class AdaJudgeTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         **options: Any,
     ) -> None:
-        options.setdefault("compute_metrics", pair_metrics)
+        options.setdefault("compute_metrics", self._metrics)
         tokenizer = options.get("processing_class")
         if tokenizer is not None and model.config.turn_boundary is None:
             model.config.turn_boundary = ConversationEncoder(tokenizer).boundary.to_dict()
@@ -101,21 +101,13 @@ class AdaJudgeTrainer(Trainer):
         pair_weight = inputs.pop("pair_weight", None)
         output = model(**inputs)
         chosen, rejected = _sides(output["logits"])
-        loss = focal_bradley_terry_loss(
-            chosen,
-            rejected,
-            gamma=self.args.gamma,
-            temperature=self.args.temperature,
-            pair_weight=pair_weight,
-            view_weights=output["view_weights"].float(),
-            entropy_floor=self.args.entropy_floor,
-            entropy_weight=self.args.entropy_weight,
-        )
+        view_weights = output["view_weights"].float()
         if model.training:
             with torch.no_grad():
-                measured = _measure(output)
+                measured = _measure(chosen - rejected, view_weights)
                 sums = torch.cat([measured.sum(dim=0), measured.new_tensor([float(measured.shape[0])])])
                 self._sums = sums if self._sums is None else self._sums + sums
+        loss = self._loss(chosen, rejected, pair_weight, view_weights)
         return (loss, output) if return_outputs else loss
 
     def prediction_step(
@@ -124,17 +116,44 @@ class AdaJudgeTrainer(Trainer):
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Loss of a batch, measures of its pairs ``[N, 6]`` and weights ``[N]``."""
+    ) -> tuple[None, Tensor, Tensor]:
+        """What the metrics are made of: ``[N, 7]`` margin and pi of both sides, and the pair weights ``[N]``.
+
+        No loss: that of all pairs follows from these, exactly, however they were batched and spread.
+        """
         inputs = self._prepare_inputs(inputs)
+        pair_weight = inputs.pop("pair_weight", None)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, output = self.compute_loss(model, inputs, return_outputs=True)
-        loss = loss.detach().mean()
-        if prediction_loss_only:
-            return loss, None, None
-        measured = _measure(output)
-        weight = inputs.get("pair_weight")
-        return loss, measured, measured.new_ones(measured.shape[0]) if weight is None else weight
+            output = model(**inputs)
+        chosen, rejected = _sides(output["logits"])
+        margin = chosen - rejected
+        columns = torch.cat([margin[:, None], *output["view_weights"].float().chunk(2)], dim=1)
+        return None, columns, torch.ones_like(margin) if pair_weight is None else pair_weight
+
+    def _metrics(self, prediction: Any) -> dict[str, float]:
+        """Loss and means over all evaluated pairs."""
+        columns, pair_weight = (
+            torch.from_numpy(array).to(self.args.device)  # where a forced backend can serve them
+            for array in (prediction.predictions, prediction.label_ids)
+        )
+        margin, view_weights = columns[:, 0], torch.cat(columns[:, 1:].chunk(2, dim=1))
+        loss = self._loss(margin, torch.zeros_like(margin), pair_weight, view_weights)
+        means = _measure(margin, view_weights).double().mean(dim=0).tolist()
+        return {"loss": loss.item(), **dict(zip(_MEASURES, means, strict=True))}
+
+    def _loss(
+        self, chosen: Tensor, rejected: Tensor, pair_weight: Tensor | None, view_weights: Tensor
+    ) -> Tensor:
+        return focal_bradley_terry_loss(
+            chosen,
+            rejected,
+            gamma=self.args.gamma,
+            temperature=self.args.temperature,
+            pair_weight=pair_weight,
+            view_weights=view_weights,
+            entropy_floor=self.args.entropy_floor,
+            entropy_weight=self.args.entropy_weight,
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the measures since the last log to a log of the training loss."""
@@ -171,12 +190,6 @@ class _LogWithCheckpoint(TrainerCallback):
         return self.on_step_end(args, state, control)
 
 
-def pair_metrics(prediction: Any) -> dict[str, float]:
-    """Means over all evaluated pairs: `compute_metrics` of the trainer's evaluation."""
-    means = prediction.predictions.astype("float64").mean(axis=0)
-    return {name: float(mean) for name, mean in zip(_MEASURES, means, strict=True)}
-
-
 def _sides(logits: Tensor) -> tuple[Tensor, Tensor]:
     if logits.shape[0] % 2:
         raise ValueError(f"{logits.shape[0]} rows came, expected N chosen ones and then N rejected ones")
@@ -184,11 +197,8 @@ def _sides(logits: Tensor) -> tuple[Tensor, Tensor]:
     return chosen, rejected
 
 
-def _measure(output: Any) -> Tensor:
-    """``[N, 6]`` fp32: the measures of each pair, router figures averaged over its sides."""
-    chosen, rejected = _sides(output["logits"].detach())
-    margin = chosen - rejected
-    weights = output["view_weights"].detach().float()  # [2N, 3]
-    entropy = -torch.xlogy(weights, weights).sum(dim=1)
-    router = torch.cat([entropy[:, None], weights], dim=1).unflatten(0, (2, -1)).mean(dim=0)  # [N, 4]
+def _measure(margin: Tensor, view_weights: Tensor) -> Tensor:
+    """``[N, 6]`` fp32 from margins ``[N]`` and pi ``[2N, 3]``: what is logged of each pair."""
+    entropy = -torch.xlogy(view_weights, view_weights).sum(dim=1)
+    router = torch.cat([entropy[:, None], view_weights], dim=1).unflatten(0, (2, -1)).mean(dim=0)  # [N, 4]
     return torch.cat([(margin > 0).float()[:, None], margin[:, None], router], dim=1)
