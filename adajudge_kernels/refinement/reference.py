@@ -57,5 +57,5 @@ def sequence_attention(
         seen = seen & (position <= (position + before)[..., None])
     # Rows that are no query see one key, so that their softmax is finite; they go to the row that is dropped.
     seen = seen | (~real_query[..., None] & (position == 0))
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None]).transpose(1, 2)
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None]).transpose(1, 2).to(out.dtype)
     return out.index_put((query_index,), mixed)[:tokens]

@@ -128,7 +128,8 @@ class Scorer:
         """Load a judge and its tokenizer from a folder; None is the built-in judge.
 
         Args:
-            path: folder written by `AdaJudgeForSequenceClassification.save_pretrained`.
+            path: folder written by `AdaJudgeForSequenceClassification.save_pretrained` or ``adajudge train``; a LoRA
+                adapter is merged into the judge it was trained on.
             device: default: CUDA where there is one, else the CPU.
             dtype: of the weights; default fp32 on the CPU, as saved elsewhere.
             options: as of `Scorer`.
@@ -141,7 +142,12 @@ class Scorer:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else None
-        model = AdaJudgeForSequenceClassification.from_pretrained(str(path), dtype=dtype or "auto")
+        if (Path(path) / "adapter_config.json").is_file():
+            from adajudge.training import load_judge  # merges the adapter; needs peft
+
+            model = load_judge(path, dtype=dtype)
+        else:
+            model = AdaJudgeForSequenceClassification.from_pretrained(str(path), dtype=dtype or "auto")
         return cls(model.to(device), AutoTokenizer.from_pretrained(str(path)), **options)
 
     def score(self, rows: Iterable[Row | RowError]) -> Iterator[ScoredRow | RowError]:

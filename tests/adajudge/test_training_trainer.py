@@ -160,16 +160,7 @@ def test_gradient_checkpointing_changes_no_loss(backbone, tmp_path):
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
-_FP32_UNDER_AUTOCAST = pytest.mark.xfail(
-    strict=True,
-    raises=RuntimeError,
-    reason="the reference sequence_attention mixes dtypes for fp32 states under bf16 autocast",
-)
-
-
-@pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=_FP32_UNDER_AUTOCAST)], ids=str
-)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_bf16_autocast_learns_as_fp32_does(trained, backbone, tmp_path, dtype):
     model = add_lora(toy_judge(backbone, dtype=dtype), r=4)
     trainer = toy_trainer(model, tmp_path, toy_rows(), bf16=True, max_steps=16, learning_rate=1e-2)

@@ -125,6 +125,18 @@ def test_bf16_states_with_fp32_parameters(device):
     assert torch.allclose(out.reward, head(hidden, layout).reward, atol=0.3)
 
 
+def test_autocast_runs_the_head_on_fp32_states(device):
+    layout, _ = RAGGED.lay_out("packed", device)
+    head = random_head().to(device)
+    hidden = torch.randn(layout.num_tokens, 24, device=device, requires_grad=True)
+    with torch.autocast(device.type, torch.bfloat16):
+        out = head(hidden, layout)
+    out.reward.sum().backward()
+    assert out.reward.dtype == torch.float32
+    assert torch.allclose(out.reward, head(hidden, layout).reward, atol=0.3)
+    assert hidden.grad.dtype == torch.float32
+
+
 def test_gradient_checkpointing_changes_no_gradient(device):
     layout, _ = RAGGED.lay_out("shared", device)
     head = random_head().to(device).train()

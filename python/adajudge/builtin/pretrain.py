@@ -59,6 +59,7 @@ def backbone_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
+        initializer_range=0.08,  # near 1 over the root of 128; with 0.02 sums are learned five times more slowly
         use_cache=False,
     )
 

@@ -30,7 +30,7 @@ from adajudge_kernels import (
 )
 
 HEAD_HIDDEN = 128
-_PACK = 64  # responses run through the backbone together
+_PACK = 8  # responses run through the backbone together: packed attention is quadratic in their tokens
 
 
 @dataclass(frozen=True)
