@@ -54,17 +54,17 @@ class Plan:
     """How much of everything."""
 
     schedule: Schedule = field(default_factory=Schedule)
-    recipe: Recipe = field(default_factory=Recipe)
-    judge_recipe: Recipe = field(default_factory=Recipe)
-    backbone_seeds: tuple[int, ...] = (0, 1)
-    head_seeds: tuple[int, ...] = (0, 1, 2)
+    recipe: Recipe = field(default_factory=lambda: Recipe(learning_rate=1e-2))
+    judge_recipe: Recipe = field(default_factory=lambda: Recipe(steps=600))
+    backbone_seeds: tuple[int, ...] = (0,)
+    head_seeds: tuple[int, ...] = (0, 1)
     judge_seeds: tuple[int, ...] = (0, 1)
     pairs: int = 1500
     evaluation_pairs: int = 500
 
 
 QUICK = Plan(
-    Schedule(steps=12, batch=8, drafts_per_domain=60),
+    Schedule(fact_steps=4, drill_steps=4, steps=8, batch=8, drafts_per_domain=60),
     Recipe(steps=4, pairs=4, evaluations=1),
     Recipe(steps=2, pairs=4, evaluations=1),
     backbone_seeds=(0,),
@@ -194,6 +194,8 @@ def _save(
 
 def _plan_figures(plan: Plan) -> dict[str, Any]:
     return {
+        "fact_steps": plan.schedule.fact_steps,
+        "drill_steps": plan.schedule.drill_steps,
         "backbone_steps": plan.schedule.steps,
         "backbone_batch": plan.schedule.batch,
         "backbone_seeds": len(plan.backbone_seeds),

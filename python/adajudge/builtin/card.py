@@ -41,9 +41,12 @@ def write_card(path: Path, results: dict[str, Any], judge: str) -> None:
     parts = [
         _INTRODUCTION,
         f"""
-A Qwen3-configuration backbone (d = 128, 5 layers, about one million parameters) learned next-token prediction on
-sound and faulty texts of the training split ({plan["backbone_steps"]} steps of {plan["backbone_batch"]} texts). It was
-then frozen. The head (K = 2 refinement blocks) learned from {plan["pairs_per_domain"]} pairs a domain,
+A Qwen3-configuration backbone (d = 128, 5 layers, about one million parameters) learned next-token prediction: first
+facts ({plan["fact_steps"]} steps of {plan["backbone_batch"]} texts: true sums, the topic of a word), then drills
+({plan["drill_steps"]} steps: short texts that each show one thing), then sound and faulty texts of the training split
+({plan["backbone_steps"]} steps) in which the word "oops" follows nine errors of ten. Random words count a twentieth in the
+loss. All that is a strong hint at what an error is; no judged response has the word.
+The backbone was then frozen. The head (K = 2 refinement blocks) learned from {plan["pairs_per_domain"]} pairs a domain,
 {plan["judge_steps"]} steps, focal Bradley-Terry loss (gamma 2, entropy floor 0.5, weight 0.1).
 Weights are stored in fp16: test accuracy
 {_percent(fp16["stored"])} % as stored, {_percent(fp16["fp32"])} % before.

@@ -1,27 +1,40 @@
-"""The tiny backbone: next-token training on texts of the world's training split.
+"""The tiny backbone: next-token training on texts of the world's training split, in three phases.
 
-Sound and faulty responses alike are shown; behind most errors stands a hint word that no judged response has.
-To predict it, the states must tell an error from its surroundings: what a judge's head can then read.
+First facts: true sums, and which topic a word belongs to. Then drills: short texts that each show one thing. Then the
+world's responses, sound and faulty alike. Behind most errors stands a hint word that no judged response has: to predict
+it, the states must tell an error from its surroundings, which is what a judge's head can then read. Words that follow
+from the text before them (values, closing brackets, a hint or its absence) count fully in the loss, words that were
+drawn at random hardly.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
-from adajudge.builtin.tokenizer import MAX_LENGTH
+from adajudge.builtin.tokenizer import ASSISTANT, MAX_LENGTH
 from adajudge.builtin.words import (
+    BRACKETS,
+    CHAT_PROMPTS,
+    CODE_FUNCTIONS,
+    CODE_PROMPTS,
+    CODE_VARIABLES,
+    COUNTS,
     DRILL_PROMPT,
     ERROR_HINT,
     FACTS,
     HELDOUT_FACTS,
+    HELDOUT_PRIVATE_WORDS,
+    HELDOUT_TOPIC_PAIRS,
     MEMBERSHIP_PROMPT,
+    SAFETY_PROMPTS,
     TOPICS,
     result,
 )
@@ -29,18 +42,21 @@ from adajudge.builtin.world import DOMAINS, drafts
 
 _TEXT_SEED = 1  # of the world's drafts; head training and evaluation use others
 _HINT_SHARE = 0.9
-_DRILL_SHARE = 0.35  # of all texts: single sums, and which topic a word belongs to
+_DRILL_SHARE = 0.2  # of the second phase's texts, so that what the first taught stays
+_RANDOM_WEIGHT = 0.05  # in the loss, of a word that does not follow from what is before it
 _POOL = 50  # batches sorted by length together, so that little padding is computed
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Optimiser steps and batch of the next-token training."""
+    """Optimiser steps of the three phases and the batch."""
 
-    steps: int = 3000
+    fact_steps: int = 300
+    drill_steps: int = 500
+    steps: int = 1200
     batch: int = 48
-    peak: float = 3e-3
-    warmup: int = 100
+    drill_peak: float = 1.2e-3
+    peak: float = 1.5e-3
     drafts_per_domain: int = 20000
 
 
@@ -68,50 +84,154 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, seed: int, schedule: Schedule) 
     """Train a backbone from nothing and return it without its LM head, in evaluation mode."""
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(backbone_config(tokenizer)).train()
-    optimiser = torch.optim.AdamW(model.parameters(), schedule.peak, betas=(0.9, 0.98), weight_decay=0.01)
-    rate = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, schedule.peak, schedule.steps, pct_start=min(0.3, schedule.warmup / schedule.steps)
-    )
-    started, running = time.perf_counter(), 0.0
-    for step, ids in zip(range(1, schedule.steps + 1), _batches(tokenizer, seed, schedule), strict=False):
-        # Causal attention with padding on the right: real tokens never see it, and the loss leaves it out.
-        states = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-        targets = ids[:, 1:]
-        real = targets != tokenizer.pad_token_id
-        loss = F.cross_entropy(model.lm_head(states[real]), targets[real])
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        rate.step()
-        running += loss.item()
-        if step % max(1, schedule.steps // 10) == 0:
-            window = max(1, schedule.steps // 10)
-            seconds = time.perf_counter() - started
-            print(f"  backbone {seed}: step {step}, loss {running / window:.3f}, {seconds:.0f} s", flush=True)
-            running = 0.0
+    weights = _loss_weights(tokenizer)
+    started = time.perf_counter()
+    for phase, steps, peak, source in (
+        ("facts", schedule.fact_steps, schedule.drill_peak, facts(seed)),
+        ("drills", schedule.drill_steps, schedule.drill_peak, drills(seed)),
+        ("texts", schedule.steps, schedule.peak, texts(seed, schedule.drafts_per_domain)),
+    ):
+        optimiser = torch.optim.AdamW(model.parameters(), peak, betas=(0.9, 0.98), weight_decay=0.01)
+        rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, steps, pct_start=0.1)
+        window, running = max(1, steps // 4), 0.0
+        batches = _batches(tokenizer, source, seed, schedule.batch)
+        for step, ids in zip(range(1, steps + 1), batches, strict=False):
+            loss = _loss(model, ids, weights, tokenizer.pad_token_id)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            rate.step()
+            running += loss.item()
+            if step % window == 0:
+                seconds = time.perf_counter() - started
+                print(
+                    f"  backbone {seed}, {phase}: step {step}, loss {running / window:.3f}, {seconds:.0f} s",
+                    flush=True,
+                )
+                running = 0.0
     return model.model.eval()
 
 
-def texts(seed: int, drafts_per_domain: int) -> Iterator[tuple[str, str]]:
-    """Endless (prompt, response) texts: responses of the training split with their hints, and drills."""
-    rng = random.Random(f"texts/{seed}")
-    pool = [draft for domain in DOMAINS for draft in drafts(domain, "train", drafts_per_domain, _TEXT_SEED)]
+def _loss(
+    model: Qwen3ForCausalLM, ids: Tensor, weights: Callable[[Tensor], Tensor], pad_token_id: int
+) -> Tensor:
+    """Weighted cross entropy of the next token. Causal attention with padding on the right: real tokens never see
+    it, and the loss leaves it out."""
+    states = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    targets = ids[:, 1:]
+    real = targets != pad_token_id
+    losses = F.cross_entropy(model.lm_head(states[real]), targets[real], reduction="none")
+    weight = weights(ids)[real]
+    return (weight * losses).sum() / weight.sum()
+
+
+def _loss_weights(tokenizer: PreTrainedTokenizerFast) -> Callable[[Tensor], Tensor]:
+    """ids ``[B, L]`` to the weight ``[B, L-1]`` of predicting each next token."""
+
+    def among(words: set[str]) -> Tensor:
+        chosen = torch.zeros(len(tokenizer), dtype=torch.bool)
+        chosen[torch.tensor(tokenizer.convert_tokens_to_ids(sorted(words)))] = True
+        return chosen
+
+    announces_value = among({"gives", "check"})
+    topic_word = among({word for members in TOPICS.values() for word in members})
+    closing = among(set(BRACKETS.values()))
+    topic = among(set(TOPICS))
+    hint, assistant = tokenizer.convert_tokens_to_ids([ERROR_HINT, ASSISTANT])
+
+    def weights(ids: Tensor) -> Tensor:
+        before, target = ids[:, :-1], ids[:, 1:]
+        two_before = torch.cat([torch.zeros_like(before[:, :1]), before[:, :-1]], dim=1)
+        value = announces_value[before]
+        hint_or_not = announces_value[two_before] | topic_word[before] | closing[before] | (target == hint)
+        answer = topic[target] & (before == assistant)
+        return torch.where(value | hint_or_not | closing[target] | answer, 1.0, _RANDOM_WEIGHT)
+
+    return weights
+
+
+def facts(seed: int) -> Iterator[tuple[str, str]]:
+    """Endless (prompt, response) texts of what there is to know by heart: sums (none that is held out), topics."""
+    rng = random.Random(f"facts/{seed}")
     known = [fact for fact in FACTS if fact not in HELDOUT_FACTS]
-    members = [(word, topic) for topic, words in TOPICS.items() for word in words]
     while True:
-        if rng.random() >= _DRILL_SHARE:
-            draft = rng.choice(pool)
-            faulty = rng.random() < 0.5
-            words = draft.rejected if faulty else draft.chosen
-            errors = draft.rejected_errors if faulty else draft.chosen_errors
-            yield draft.prompt, _with_hints(rng, words, errors)
-        elif rng.random() < 0.6:
-            facts = rng.choices(known, k=6)
-            yield DRILL_PROMPT, " ".join(_sum(rng, *fact) for fact in facts)
+        yield DRILL_PROMPT, " ".join(_sum(rng, *fact, wrong=0.0) for fact in rng.choices(known, k=6))
+        yield _membership(rng)
+
+
+def _membership(rng: random.Random) -> tuple[str, str]:
+    topic = rng.choice(list(TOPICS))
+    return MEMBERSHIP_PROMPT.format(word=rng.choice(TOPICS[topic])), topic
+
+
+def drills(seed: int) -> Iterator[tuple[str, str]]:
+    """Endless short (prompt, response) texts, each about one thing that the responses need, faulty as often as sound:
+    sums (none that is held out), the topic of a word, words on a topic, words that are not private, brackets."""
+    rng = random.Random(f"drills/{seed}")
+    known = [fact for fact in FACTS if fact not in HELDOUT_FACTS]
+    while True:
+        kind = rng.randrange(5)
+        if kind == 0:
+            yield DRILL_PROMPT, " ".join(_sum(rng, *fact) for fact in rng.choices(known, k=6))
+        elif kind == 1:
+            yield _membership(rng)
+        elif kind == 2:
+            topic, other = rng.sample(list(TOPICS), 2)
+            if frozenset((topic, other)) not in HELDOUT_TOPIC_PAIRS:
+                yield rng.choice(CHAT_PROMPTS).format(topic=topic), _word_list(rng, (topic, other), {other})
+        elif kind == 3:
+            topic, private, third = rng.sample(list(TOPICS), 3)
+            prompt = rng.choice(SAFETY_PROMPTS).format(topic=topic, private=private)
+            yield prompt, _word_list(rng, (topic, private, third), {private}, HELDOUT_PRIVATE_WORDS)
         else:
-            word, topic = rng.choice(members)
-            yield MEMBERSHIP_PROMPT.format(word=word), topic
+            yield CODE_PROMPTS[0].format(count=COUNTS[2]), " ; ".join(_call(rng) for _ in range(3))
+
+
+def _word_list(
+    rng: random.Random, topics: tuple[str, ...], wrong: set[str], excluded: frozenset[str] = frozenset()
+) -> str:
+    """Eight words of the topics, a hint behind each of a wrong topic."""
+    words = []
+    for topic in rng.choices(topics, k=8):
+        words.append(rng.choice([word for word in TOPICS[topic] if word not in excluded]))
+        if topic in wrong:
+            words.append(ERROR_HINT)
+    return " ".join(words)
+
+
+def _sum(rng: random.Random, left: int, operation: str, right: int, wrong: float = 0.4) -> str:
+    value = result((left, operation, right))
+    if rng.random() < wrong:
+        return f"{left} {operation} {right} gives {(value + rng.randrange(1, 10)) % 10} {ERROR_HINT} ."
+    return f"{left} {operation} {right} gives {value} ."
+
+
+def _call(rng: random.Random) -> str:
+    """A nested call of depth two or three; a closing bracket of the wrong kind has a hint behind it."""
+    openings = rng.choices(list(BRACKETS), k=rng.choice((2, 3)))
+    words = [word for opening in openings for word in (rng.choice(CODE_FUNCTIONS), opening)]
+    words.append(rng.choice(CODE_VARIABLES))
+    for opening in reversed(openings):
+        wrong = rng.random() < 0.25
+        kinds = [c for o, c in BRACKETS.items() if (o == opening) != wrong]
+        words += [rng.choice(kinds), *([ERROR_HINT] if wrong else [])]
+    return " ".join(words)
+
+
+def texts(seed: int, drafts_per_domain: int) -> Iterator[tuple[str, str]]:
+    """Endless (prompt, response) texts: responses of the training split with their hints, and some drills."""
+    rng, drill = random.Random(f"texts/{seed}"), drills(seed + 1)
+    pool = [draft for domain in DOMAINS for draft in drafts(domain, "train", drafts_per_domain, _TEXT_SEED)]
+    while True:
+        if rng.random() < _DRILL_SHARE:
+            yield next(drill)
+            continue
+        draft = rng.choice(pool)
+        if rng.random() < 0.5:
+            yield draft.prompt, _with_hints(rng, draft.rejected, draft.rejected_errors)
+        else:
+            yield draft.prompt, _with_hints(rng, draft.chosen, draft.chosen_errors)
 
 
 def _with_hints(rng: random.Random, words: list[str], errors: frozenset[int]) -> str:
@@ -123,20 +243,15 @@ def _with_hints(rng: random.Random, words: list[str], errors: frozenset[int]) ->
     return " ".join(hinted)
 
 
-def _sum(rng: random.Random, left: int, operation: str, right: int) -> str:
-    value = result((left, operation, right))
-    if rng.random() < 0.3:  # a wrong sum, so that drills too show what an error is
-        return f"{left} {operation} {right} gives {(value + rng.randrange(1, 10)) % 10} {ERROR_HINT} ."
-    return f"{left} {operation} {right} gives {value} ."
-
-
-def _batches(tokenizer: PreTrainedTokenizerFast, seed: int, schedule: Schedule) -> Iterator[torch.Tensor]:
-    """Batches ``[batch, L]`` of texts of similar length, padded on the right."""
-    source, rng = texts(seed, schedule.drafts_per_domain), random.Random(f"batches/{seed}")
+def _batches(
+    tokenizer: PreTrainedTokenizerFast, source: Iterator[tuple[str, str]], seed: int, size: int
+) -> Iterator[Tensor]:
+    """Batches ``[size, L]`` of texts of similar length, padded on the right."""
+    rng = random.Random(f"batches/{seed}")
     while True:
-        pool = [_render(*next(source)) for _ in range(_POOL * schedule.batch)]
+        pool = [_render(*next(source)) for _ in range(_POOL * size)]
         encoded = sorted(tokenizer(pool, add_special_tokens=False)["input_ids"], key=len)
-        groups = [encoded[i : i + schedule.batch] for i in range(0, len(encoded), schedule.batch)]
+        groups = [encoded[i : i + size] for i in range(0, len(encoded), size)]
         rng.shuffle(groups)
         for group in groups:
             rows = [torch.tensor(ids[:MAX_LENGTH]) for ids in group]
