@@ -32,3 +32,11 @@ def read_bandwidth(device, synchronise):
         synchronise()
         seconds.append(time.perf_counter() - started)
     return buffer.numel() * 4 / min(seconds)
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    """Versions in, the machine's name out."""
+    machine_info.pop("node", None)
+    machine_info["torch"] = torch.__version__
+    if torch.cuda.is_available():
+        machine_info["gpu"] = torch.cuda.get_device_name()

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.report import table
+
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 
@@ -17,3 +19,8 @@ def test_the_readme_has_blocks():
 def test_the_block_runs(block, monkeypatch):
     monkeypatch.chdir(ROOT)
     exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_measured_table_is_what_the_report_prints():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table(ROOT / "benchmarks" / "results" / "cpu.json") in readme

@@ -132,6 +132,16 @@ def test_lora_merged(options, tmp_path):
     assert reward == again != 0
 
 
+def test_an_adapter_is_scored_as_the_judge_it_makes(options, tmp_path):
+    extra = {"use_peft": "true", "lora_r": 2, "lora_target_modules": ["q_proj", "v_proj"]}
+    assert train(options | extra) == 0
+    scorer = Scorer.from_pretrained(tmp_path / "out")
+    expected = Scorer(load_judge(tmp_path / "out"), scorer.encoder._template.tokenizer)
+    row = toy_rows()[0]
+    reward, again = (s.score_response(row["prompt"], row["chosen"]).reward for s in (scorer, expected))
+    assert reward == again != 0
+
+
 def test_a_frozen_backbone_stays_as_it_was(options, tmp_path, backbone):
     assert train(options | {"freeze_backbone": "true", "learning_rate": 0.01}) == 0
     before, after = load_judge(backbone, num_blocks=1), load_judge(tmp_path / "out")
