@@ -202,7 +202,9 @@ def _plan_figures(plan: Plan) -> dict[str, Any]:
         "head_seeds": len(plan.head_seeds),
         "judge_seeds": len(plan.judge_seeds),
         "head_steps": plan.recipe.steps,
+        "head_learning_rate": plan.recipe.learning_rate,
         "judge_steps": plan.judge_recipe.steps,
+        "judge_learning_rate": plan.judge_recipe.learning_rate,
         "pairs_per_domain": plan.pairs,
         "evaluation_pairs_per_domain": plan.evaluation_pairs,
     }

@@ -92,7 +92,7 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, seed: int, schedule: Schedule) 
         ("texts", schedule.steps, schedule.peak, texts(seed, schedule.drafts_per_domain)),
     ):
         optimiser = torch.optim.AdamW(model.parameters(), peak, betas=(0.9, 0.98), weight_decay=0.01)
-        rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, steps, pct_start=0.1)
+        rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, steps, pct_start=max(0.1, 2 / steps))
         window, running = max(1, steps // 4), 0.0
         batches = _batches(tokenizer, source, seed, schedule.batch)
         for step, ids in zip(range(1, steps + 1), batches, strict=False):

@@ -1,7 +1,7 @@
 """Heads on a frozen backbone: AdaJudge, its uniform-router control, and the fixed poolings it is compared with.
 
-Every head sees the same cached states, the same pairs in the same order, the same optimiser and step count, and
-keeps the weights of its best validation accuracy.
+Every head sees the same cached states and the same pairs in the same order, and keeps the weights of its best
+validation accuracy. The refined head costs several times as much a step and has a recipe of its own.
 """
 
 from __future__ import annotations
