@@ -48,7 +48,8 @@ facts ({plan["fact_steps"]} steps of {plan["backbone_batch"]} texts: true sums, 
 loss. All that is a strong hint at what an error is; no judged response has the word.
 The backbone was then frozen. The head (K = 2 refinement blocks) learned from {plan["pairs_per_domain"]} pairs a domain,
 {plan["judge_steps"]} steps (the unrefined heads {plan["head_steps"]}), focal Bradley-Terry loss (gamma 2, entropy floor
-0.5, weight 0.1). Weights are stored in fp16: test accuracy {_percent(fp16["stored"])} % as stored, {_percent(fp16["fp32"])} % before.
+0.5, weight 0.1). Weights are stored in fp16: test accuracy
+{_percent(fp16["stored"])} % as stored, {_percent(fp16["fp32"])} % before.
 
 ## Accuracy on the test split
 
@@ -57,12 +58,14 @@ nothing else. Means over {plan["backbone_seeds"]} backbone(s) with {plan["head_s
 ({plan["judge_seeds"]} for {judge}); sd is that of the average over these runs. All heads read the same frozen
 states; "last token", "mean" and "attention" are the usual single poolings with an MLP of the same width. The shipped
 judge is the first run.
+
 """,
         _table({**results["baselines"], **results["test_accuracy"]}),
         """
 ## Accuracy on held-out content
 
 Pairs decided by what no training pair showed: sums, topic pairs, private words and code names kept apart.
+
 """,
         _table(results["heldout_accuracy"]),
         "\n## What the comparison shows\n\n",
