@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from adajudge.scoring import Scorer
 
 _TABLE_ROWS = 100
+_FILE_WIDTH = 120  # of what is printed to no terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -131,6 +132,8 @@ def _report(args: argparse.Namespace, summary: Summary, scorer: Scorer, error_pa
     from adajudge_kernels.backends import choose_backend
 
     console = Console(stderr=args.output == "-")
+    if not console.is_terminal:
+        console = Console(stderr=args.output == "-", width=_FILE_WIDTH)
     shown = console.is_terminal and args.output != "-" if args.table is None else args.table
     if shown:
         summary.print_table(console, _TABLE_ROWS)

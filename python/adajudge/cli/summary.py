@@ -13,6 +13,7 @@ from adajudge.data import RowError
 from adajudge.scoring import Score, ScoredRow
 
 _TEXT_WIDTH = 34
+_COLUMNS = {"id": 17, "prompt": 8, "reward": 13, "margin": 6, "last/mean/attn": 14, "winner": 8}
 _HELD = 100  # results kept for the table; everything else is counted only
 
 
@@ -50,8 +51,9 @@ class Summary:
     def print_table(self, console: Console, limit: int) -> None:
         """One line a response list: reward, margin, view weights, winner."""
         table = Table(box=None, header_style="bold", pad_edge=False)
-        for name in ("id", "prompt", "reward", "margin", "last/mean/attn", "winner"):
-            table.add_column(name, no_wrap=True, justify="right" if name in ("reward", "margin") else "left")
+        for name, width in _COLUMNS.items():  # the prompt gives way where the terminal is narrow
+            numeric = name in ("reward", "margin")
+            table.add_column(name, no_wrap=True, min_width=width, justify="right" if numeric else "left")
         for result in self.shown[:limit]:
             margin, winner = "", ""
             if len(result.scores) > 1:
