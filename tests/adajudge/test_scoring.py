@@ -70,7 +70,7 @@ def test_scores_are_the_models_own(judge, tokenizer):
     score = Scorer(judge, tokenizer).score_response("tell me", "the cat sat")
     encoded = Scorer(judge, tokenizer).encoder.encode((Message("user", "tell me"),), "the cat sat")
     out = judge(torch.tensor([encoded.input_ids]), response_mask=torch.tensor([encoded.response_mask]))
-    assert score.reward == pytest.approx(float(out.logits), abs=1e-6)
+    assert score.reward == pytest.approx(out.logits.item(), abs=1e-6)
     assert score.view_weights == pytest.approx(out.view_weights[0].tolist(), abs=1e-6)
     assert (score.prompt_tokens, score.response_tokens) == (encoded.prompt_length, encoded.response_length)
     assert score.reward == pytest.approx(
