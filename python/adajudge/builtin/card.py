@@ -126,8 +126,8 @@ def _findings(results: dict[str, Any], judge: str) -> str:
         f"- Routing alone: AdaJudge K=0 less the same head with the router forced uniform, run by run: {told} points."
     )
     lines.append(
-        f"- {judge} differs from every other row in its refinement blocks and in its optimiser's steps, and is compared "
-        "with unrefined heads only: a difference is that of refinement and pooling together, not of routing."
+        f"- {judge} differs from every other row in its refinement blocks and in its optimiser's steps and rate, and is "
+        "compared with unrefined heads only: a difference is that of refinement and pooling together, not of routing."
     )
     return "\n".join(lines) + "\n"
 
