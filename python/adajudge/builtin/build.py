@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,27 +46,37 @@ SHIPPED = Path(__file__).parent / "judge"
 JUDGE = "AdaJudge K=2"
 
 # Seeds of the world's pairs, one a purpose (the backbone's texts use seed 1).
-_SEEDS = {"train": 2, "validation": 3, "test": 20261, "heldout": 20262}
+_SEEDS = {"train": 2, "validation": 3, "test": 40961, "heldout": 40962}
 
 
 @dataclass(frozen=True)
 class Plan:
     """How much of everything."""
 
-    schedule: Schedule = field(default_factory=Schedule)
-    recipe: Recipe = field(default_factory=lambda: Recipe(learning_rate=1e-2))
-    judge_recipe: Recipe = field(default_factory=lambda: Recipe(steps=600))
-    backbone_seeds: tuple[int, ...] = (0,)
-    head_seeds: tuple[int, ...] = (0, 1)
-    judge_seeds: tuple[int, ...] = (0, 1)
-    pairs: int = 1500
-    evaluation_pairs: int = 500
+    schedule: Schedule
+    recipe: Recipe
+    judge_recipe: Recipe
+    backbone_seeds: tuple[int, ...]
+    head_seeds: tuple[int, ...]
+    judge_seeds: tuple[int, ...]
+    pairs: int
+    evaluation_pairs: int
 
 
+FULL = Plan(
+    Schedule(),
+    Recipe(learning_rate=1e-2),
+    Recipe(learning_rate=2e-3),
+    backbone_seeds=(0, 1, 2),
+    head_seeds=(0, 1),
+    judge_seeds=(0,),
+    pairs=1500,
+    evaluation_pairs=500,
+)
 QUICK = Plan(
-    Schedule(fact_steps=4, drill_steps=4, steps=8, batch=8, drafts_per_domain=60),
-    Recipe(steps=4, pairs=4, evaluations=1),
-    Recipe(steps=2, pairs=4, evaluations=1),
+    Schedule(fact_steps=4, sum_steps=4, drill_steps=4, steps=8, batch=8, drafts_per_domain=60),
+    Recipe(learning_rate=1e-2, steps=4, pairs=4, evaluations=1),
+    Recipe(learning_rate=2e-3, steps=4, pairs=4, evaluations=1),
     backbone_seeds=(0,),
     head_seeds=(0, 1),
     judge_seeds=(0, 1),
@@ -195,6 +205,7 @@ def _save(
 def _plan_figures(plan: Plan) -> dict[str, Any]:
     return {
         "fact_steps": plan.schedule.fact_steps,
+        "sum_steps": plan.schedule.sum_steps,
         "drill_steps": plan.schedule.drill_steps,
         "backbone_steps": plan.schedule.steps,
         "backbone_batch": plan.schedule.batch,
@@ -203,7 +214,6 @@ def _plan_figures(plan: Plan) -> dict[str, Any]:
         "judge_seeds": len(plan.judge_seeds),
         "head_steps": plan.recipe.steps,
         "head_learning_rate": plan.recipe.learning_rate,
-        "judge_steps": plan.judge_recipe.steps,
         "judge_learning_rate": plan.judge_recipe.learning_rate,
         "pairs_per_domain": plan.pairs,
         "evaluation_pairs_per_domain": plan.evaluation_pairs,
@@ -220,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.quick and args.output is None:
         parser.error("--quick needs --output: its judge is useless and must not replace the shipped one")
-    results = build(args.output or SHIPPED, QUICK if args.quick else Plan())
+    results = build(args.output or SHIPPED, QUICK if args.quick else FULL)
     for name, figures in {**results["baselines"], **results["test_accuracy"]}.items():
         print(f"{name:<32} " + "  ".join(f"{key} {100 * value:.1f}" for key, value in figures.items()))
     print(f"written in {results['seconds']} s: {args.output or SHIPPED}")

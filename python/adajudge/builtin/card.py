@@ -41,15 +41,21 @@ def write_card(path: Path, results: dict[str, Any], judge: str) -> None:
     parts = [
         _INTRODUCTION,
         f"""
-A Qwen3-configuration backbone (d = 128, 5 layers, about one million parameters) learned next-token prediction: first
-facts ({plan["fact_steps"]} steps of {plan["backbone_batch"]} texts: true sums, the topic of a word), then drills
-({plan["drill_steps"]} steps: short texts that each show one thing), then sound and faulty texts of the training split
-({plan["backbone_steps"]} steps) in which the word "oops" follows nine errors of ten. Random words count a twentieth in the
-loss. All that is a strong hint at what an error is; no judged response has the word.
-The backbone was then frozen. The head (K = 2 refinement blocks) learned from {plan["pairs_per_domain"]} pairs a domain,
-{plan["judge_steps"]} steps (the unrefined heads {plan["head_steps"]}), focal Bradley-Terry loss (gamma 2, entropy floor
-0.5, weight 0.1). Weights are stored in fp16: test accuracy
-{_percent(fp16["stored"])} % as stored, {_percent(fp16["fp32"])} % before.
+A Qwen3-configuration backbone (d = 128, 5 layers, about one million parameters) learned next-token prediction in
+batches of {plan["backbone_batch"]} texts, in four phases:
+
+1. facts, {plan["fact_steps"]} steps: true sums, pairs of digits that are the same or not, the topic of a word;
+2. sums, {plan["sum_steps"]} steps: right or wrong;
+3. drills, {plan["drill_steps"]} steps: short texts that each show one thing;
+4. sound and faulty texts of the training split, {plan["backbone_steps"]} steps.
+
+In faulty texts the word "oops" follows nine errors of ten, and random words count a twentieth in the loss. That is a
+strong hint at what an error is; no judged response has the word. The backbone was then frozen.
+
+The heads, of which the judge's has K = 2 refinement blocks, learned from {plan["pairs_per_domain"]} pairs a domain in
+{plan["head_steps"]} steps with the focal Bradley-Terry loss (gamma 2, entropy floor 0.5, weight 0.1), at learning rate
+{plan["judge_learning_rate"]} for K = 2 and {plan["head_learning_rate"]} for the others. Recipes were chosen on validation
+pairs. Weights are stored in fp16: test accuracy {_percent(fp16["stored"])} % as stored, {_percent(fp16["fp32"])} % before.
 
 ## Accuracy on the test split
 
@@ -126,8 +132,8 @@ def _findings(results: dict[str, Any], judge: str) -> str:
         f"- Routing alone: AdaJudge K=0 less the same head with the router forced uniform, run by run: {told} points."
     )
     lines.append(
-        f"- {judge} differs from every other row in its refinement blocks and in its optimiser's steps and rate, and is "
-        "compared with unrefined heads only: a difference is that of refinement and pooling together, not of routing."
+        f"- {judge} differs from every other row in its refinement blocks and its learning rate, and is compared with "
+        "unrefined heads only: a difference is that of refinement and pooling together, not of routing."
     )
     return "\n".join(lines) + "\n"
 

@@ -1,10 +1,14 @@
-"""The tiny backbone: next-token training on texts of the world's training split, in three phases.
+"""The tiny backbone: next-token training on texts of the world's training split, in four phases.
 
-First facts: true sums, and which topic a word belongs to. Then drills: short texts that each show one thing. Then the
-world's responses, sound and faulty alike. Behind most errors stands a hint word that no judged response has: to predict
-it, the states must tell an error from its surroundings, which is what a judge's head can then read. Words that follow
-from the text before them (values, closing brackets, a hint or its absence) count fully in the loss, words that were
-drawn at random hardly.
+First facts: true sums, whether two digits are the same, and which topic a word belongs to. Then sums, right or wrong.
+Then drills: short texts that each show one thing. Then the world's responses, sound and faulty alike. Behind most errors
+stands a hint word that no judged response has: to predict it, the states must tell an error from its surroundings, which
+is what a judge's head can then read. Words that follow from the text before them (true values, closing brackets of the
+right kind, a hint or its absence) count fully in the loss, errors and words that were drawn at random hardly.
+
+Sums are the hard part. Their values are soon known by heart, but that a stated value differs from the known one is not
+found from sums alone. Two things help: comparing two digits that are both on the page, and, in the first two phases, a
+loss on the states one layer before the last as well, so that what one position expects is there when the next compares.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from adajudge.builtin.words import (
     CODE_PROMPTS,
     CODE_VARIABLES,
     COUNTS,
+    DIGITS,
     DRILL_PROMPT,
     ERROR_HINT,
     FACTS,
@@ -44,18 +49,18 @@ _TEXT_SEED = 1  # of the world's drafts; head training and evaluation use others
 _HINT_SHARE = 0.9
 _DRILL_SHARE = 0.2  # of the second phase's texts, so that what the first taught stays
 _RANDOM_WEIGHT = 0.05  # in the loss, of a word that does not follow from what is before it
-_POOL = 50  # batches sorted by length together, so that little padding is computed
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Optimiser steps of the three phases and the batch."""
+    """Optimiser steps of the four phases, the batch, and the peak learning rates."""
 
-    fact_steps: int = 300
-    drill_steps: int = 500
-    steps: int = 1200
-    batch: int = 48
-    drill_peak: float = 1.2e-3
+    fact_steps: int = 500
+    sum_steps: int = 400
+    drill_steps: int = 600
+    steps: int = 900
+    batch: int = 24
+    drill_peak: float = 2e-3
     peak: float = 1.5e-3
     drafts_per_domain: int = 20000
 
@@ -86,17 +91,18 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, seed: int, schedule: Schedule) 
     model = Qwen3ForCausalLM(backbone_config(tokenizer)).train()
     weights = _loss_weights(tokenizer)
     started = time.perf_counter()
-    for phase, steps, peak, source in (
-        ("facts", schedule.fact_steps, schedule.drill_peak, facts(seed)),
-        ("drills", schedule.drill_steps, schedule.drill_peak, drills(seed)),
-        ("texts", schedule.steps, schedule.peak, texts(seed, schedule.drafts_per_domain)),
+    for phase, steps, peak, layers, source in (
+        ("facts", schedule.fact_steps, schedule.drill_peak, 2, facts(seed)),
+        ("sums", schedule.sum_steps, schedule.drill_peak, 2, sums(seed)),
+        ("drills", schedule.drill_steps, schedule.drill_peak, 1, drills(seed)),
+        ("texts", schedule.steps, schedule.peak, 1, texts(seed, schedule.drafts_per_domain)),
     ):
         optimiser = torch.optim.AdamW(model.parameters(), peak, betas=(0.9, 0.98), weight_decay=0.01)
         rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, steps, pct_start=max(0.1, 2 / steps))
         window, running = max(1, steps // 4), 0.0
-        batches = _batches(tokenizer, source, seed, schedule.batch)
+        batches = _batches(tokenizer, source, schedule.batch)
         for step, ids in zip(range(1, steps + 1), batches, strict=False):
-            loss = _loss(model, ids, weights, tokenizer.pad_token_id)
+            loss = _loss(model, ids, weights, layers)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -113,17 +119,20 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, seed: int, schedule: Schedule) 
     return model.model.eval()
 
 
-def _loss(
-    model: Qwen3ForCausalLM, ids: Tensor, weights: Callable[[Tensor], Tensor], pad_token_id: int
-) -> Tensor:
-    """Weighted cross entropy of the next token. Causal attention with padding on the right: real tokens never see
-    it, and the loss leaves it out."""
-    states = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+def _loss(model: Qwen3ForCausalLM, ids: Tensor, weights: Callable[[Tensor], Tensor], layers: int) -> Tensor:
+    """Weighted cross entropy of the next token, the mean over reading it from the states of the last `layers` layers.
+    Causal attention with padding on the right: real tokens never see it, and the loss leaves it out."""
+    *_, before_last, last = model.model(
+        input_ids=ids, use_cache=False, output_hidden_states=True
+    ).hidden_states
     targets = ids[:, 1:]
-    real = targets != pad_token_id
-    losses = F.cross_entropy(model.lm_head(states[real]), targets[real], reduction="none")
+    real = targets != model.config.pad_token_id
     weight = weights(ids)[real]
-    return (weight * losses).sum() / weight.sum()
+    loss = ids.new_zeros((), dtype=weight.dtype)
+    for states in (last, model.model.norm(before_last))[:layers]:
+        losses = F.cross_entropy(model.lm_head(states[:, :-1][real]), targets[real], reduction="none")
+        loss = loss + (weight * losses).sum() / (layers * weight.sum())
+    return loss
 
 
 def _loss_weights(tokenizer: PreTrainedTokenizerFast) -> Callable[[Tensor], Tensor]:
@@ -143,21 +152,34 @@ def _loss_weights(tokenizer: PreTrainedTokenizerFast) -> Callable[[Tensor], Tens
     def weights(ids: Tensor) -> Tensor:
         before, target = ids[:, :-1], ids[:, 1:]
         two_before = torch.cat([torch.zeros_like(before[:, :1]), before[:, :-1]], dim=1)
+        error = torch.cat([target[:, 1:], torch.zeros_like(target[:, :1])], dim=1) == hint
         value = announces_value[before]
         hint_or_not = announces_value[two_before] | topic_word[before] | closing[before] | (target == hint)
         answer = topic[target] & (before == assistant)
-        return torch.where(value | hint_or_not | closing[target] | answer, 1.0, _RANDOM_WEIGHT)
+        follows = hint_or_not | ((value | closing[target] | answer) & ~error)
+        return torch.where(follows, 1.0, _RANDOM_WEIGHT)
 
     return weights
 
 
 def facts(seed: int) -> Iterator[tuple[str, str]]:
-    """Endless (prompt, response) texts of what there is to know by heart: sums (none that is held out), topics."""
+    """Endless (prompt, response) texts of what there is to know: sums (none that is held out), equal digits, topics."""
     rng = random.Random(f"facts/{seed}")
-    known = [fact for fact in FACTS if fact not in HELDOUT_FACTS]
     while True:
-        yield DRILL_PROMPT, " ".join(_sum(rng, *fact, wrong=0.0) for fact in rng.choices(known, k=6))
+        yield DRILL_PROMPT, _sums(rng, wrong=0.0)
+        yield DRILL_PROMPT, _checks(rng)
         yield _membership(rng)
+
+
+def _checks(rng: random.Random) -> str:
+    """Pairs of digits, the same or not; a hint behind those that are not."""
+    texts = []
+    for _ in range(8):
+        first, second = rng.sample(DIGITS, 2)
+        texts.append(
+            f"{first} check {first} ." if rng.random() < 0.5 else f"{first} check {second} {ERROR_HINT} ."
+        )
+    return " ".join(texts)
 
 
 def _membership(rng: random.Random) -> tuple[str, str]:
@@ -165,15 +187,21 @@ def _membership(rng: random.Random) -> tuple[str, str]:
     return MEMBERSHIP_PROMPT.format(word=rng.choice(TOPICS[topic])), topic
 
 
+def sums(seed: int) -> Iterator[tuple[str, str]]:
+    """Endless (prompt, response) texts of sums, none of them held out, and of digits to compare, right as often as wrong."""
+    rng = random.Random(f"sums/{seed}")
+    while True:
+        yield DRILL_PROMPT, _checks(rng) if rng.random() < 0.3 else _sums(rng, wrong=0.5)
+
+
 def drills(seed: int) -> Iterator[tuple[str, str]]:
     """Endless short (prompt, response) texts, each about one thing that the responses need, faulty as often as sound:
     sums (none that is held out), the topic of a word, words on a topic, words that are not private, brackets."""
     rng = random.Random(f"drills/{seed}")
-    known = [fact for fact in FACTS if fact not in HELDOUT_FACTS]
     while True:
         kind = rng.randrange(5)
         if kind == 0:
-            yield DRILL_PROMPT, " ".join(_sum(rng, *fact) for fact in rng.choices(known, k=6))
+            yield DRILL_PROMPT, _sums(rng, wrong=0.4)
         elif kind == 1:
             yield _membership(rng)
         elif kind == 2:
@@ -200,11 +228,16 @@ def _word_list(
     return " ".join(words)
 
 
-def _sum(rng: random.Random, left: int, operation: str, right: int, wrong: float = 0.4) -> str:
-    value = result((left, operation, right))
-    if rng.random() < wrong:
-        return f"{left} {operation} {right} gives {(value + rng.randrange(1, 10)) % 10} {ERROR_HINT} ."
-    return f"{left} {operation} {right} gives {value} ."
+def _sums(rng: random.Random, wrong: float) -> str:
+    """Six sums, a share of `wrong` of them with a wrong value and a hint behind it."""
+    texts = []
+    for fact in rng.choices([fact for fact in FACTS if fact not in HELDOUT_FACTS], k=6):
+        left, operation, right = fact
+        value, hint = result(fact), ""
+        if rng.random() < wrong:
+            value, hint = (value + rng.randrange(1, 10)) % 10, f"{ERROR_HINT} "
+        texts.append(f"{left} {operation} {right} gives {value} {hint}.")
+    return " ".join(texts)
 
 
 def _call(rng: random.Random) -> str:
@@ -244,20 +277,16 @@ def _with_hints(rng: random.Random, words: list[str], errors: frozenset[int]) ->
 
 
 def _batches(
-    tokenizer: PreTrainedTokenizerFast, source: Iterator[tuple[str, str]], seed: int, size: int
+    tokenizer: PreTrainedTokenizerFast, source: Iterator[tuple[str, str]], size: int
 ) -> Iterator[Tensor]:
-    """Batches ``[size, L]`` of texts of similar length, padded on the right."""
-    rng = random.Random(f"batches/{seed}")
+    """Batches ``[size, L]``, padded on the right. Texts stay in the order they come in: batches of one length would
+    be batches of one kind, and sums are then learned on some seeds only."""
     while True:
-        pool = [_render(*next(source)) for _ in range(_POOL * size)]
-        encoded = sorted(tokenizer(pool, add_special_tokens=False)["input_ids"], key=len)
-        groups = [encoded[i : i + size] for i in range(0, len(encoded), size)]
-        rng.shuffle(groups)
-        for group in groups:
-            rows = [torch.tensor(ids[:MAX_LENGTH]) for ids in group]
-            yield torch.nn.utils.rnn.pad_sequence(
-                rows, batch_first=True, padding_value=tokenizer.pad_token_id
-            )
+        texts = [_render(*next(source)) for _ in range(size)]
+        rows = [
+            torch.tensor(ids[:MAX_LENGTH]) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ]
+        yield torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
 
 
 def _render(prompt: str, response: str) -> str:

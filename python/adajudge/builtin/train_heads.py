@@ -1,7 +1,7 @@
 """Heads on a frozen backbone: AdaJudge, its uniform-router control, and the fixed poolings it is compared with.
 
 Every head sees the same cached states and the same pairs in the same order, and keeps the weights of its best
-validation accuracy. The refined head costs several times as much a step and has a recipe of its own.
+validation accuracy. They differ in their learning rate only.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _PACK = 8  # responses run through the backbone together: packed attention is qu
 class Recipe:
     """Optimiser of a head."""
 
-    steps: int = 1000
+    learning_rate: float
+    steps: int = 600
     pairs: int = 32
-    learning_rate: float = 2e-3
     weight_decay: float = 0.01
     evaluations: int = 10
 
