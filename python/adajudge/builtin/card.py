@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from adajudge.builtin.world import DOMAINS
@@ -61,9 +62,9 @@ pairs. Weights are stored in fp16: test accuracy {_percent(fp16["stored"])} % as
 
 Per cent of pairs with the chosen side strictly above; {plan["evaluation_pairs_per_domain"]} pairs a domain, a seed used for
 nothing else. Means over {plan["backbone_seeds"]} backbone(s) with {plan["head_seeds"]} heads each
-({plan["judge_seeds"]} for {judge}); sd is that of the average over these runs. All heads read the same frozen
-states; "last token", "mean" and "attention" are the usual single poolings with an MLP of the same width. The shipped
-judge is the first run.
+({plan["judge_seeds"]} for {judge}); sd is that of the average over these runs, mostly from
+backbone to backbone. All heads read the same frozen states; "last token", "mean" and "attention" are the usual single
+poolings with an MLP of the same width. The shipped judge is the first run.
 
 """,
         _table({**results["baselines"], **results["test_accuracy"]}),
@@ -117,15 +118,23 @@ def _table(rows: dict[str, dict[str, float]]) -> str:
 
 def _findings(results: dict[str, Any], judge: str) -> str:
     """Who wins where, said by the figures themselves."""
-    test = results["test_accuracy"]
     lines = []
-    for domain in [*DOMAINS, "average"]:
-        ranked = sorted(test, key=lambda name: -test[name][domain])
-        place = ranked.index(judge) + 1
-        best = f"best is {ranked[0]} with {_percent(test[ranked[0]][domain])}"
-        lines.append(
-            f"- {domain}: {best}; {judge} has {_percent(test[judge][domain])} (place {place} of {len(ranked)})."
+    for split in ("test", "heldout"):
+        accuracy = results[f"{split}_accuracy"]
+        for domain in [*DOMAINS, "average"]:
+            ranked = sorted(accuracy, key=lambda name: -accuracy[name][domain])
+            first, second = ((name, _percent(accuracy[name][domain])) for name in ranked[:2])
+            lines.append(
+                f"- {split}, {domain}: {first[0]} {first[1]}, then {second[0]} {second[1]}; "
+                f"{judge} is at place {ranked.index(judge) + 1} of {len(ranked)}."
+            )
+    for seed in sorted({run["backbone_seed"] for run in results["runs"]}):
+        own = [run for run in results["runs"] if run["backbone_seed"] == seed]
+        told = ", ".join(
+            f"{name} {_percent(mean(run['test']['average'] for run in own if run['head'] == name))}"
+            for name in dict.fromkeys(run["head"] for run in own)
         )
+        lines.append(f"- Test average on backbone {seed}: {told}.")
     differences = _paired(results["runs"], "AdaJudge K=0", "AdaJudge K=0, uniform router")
     told = ", ".join(f"{100 * difference:+.1f}" for difference in differences)
     lines.append(
