@@ -18,6 +18,8 @@ def check_layout(layout: object) -> None:
     """`layout` is a `SequenceLayout`."""
     if not isinstance(layout, SequenceLayout):
         raise ValueError(f"layout: {type(layout).__name__} came, expected a SequenceLayout")
+    if layout.tables is None:
+        raise ValueError("layout: it has no tables; build it with padded, packed or shared_prompts")
 
 
 def check_float(name: str, x: object, dims: int, form: str | tuple[int, ...]) -> None:

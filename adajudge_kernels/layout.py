@@ -10,12 +10,15 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["SequenceLayout", "TokenRole"]
+__all__ = ["CHUNK_TOKENS", "LayoutTables", "SequenceLayout", "TokenRole"]
+
+CHUNK_TOKENS = 64
+"""Kernels cut a sequence into chunks of this many tokens, counted from its own start."""
 
 _INT32_MAX = 2**31 - 1
 
@@ -26,6 +29,36 @@ class TokenRole(enum.IntEnum):
     PADDING = 0
     PROMPT = 1
     RESPONSE = 2
+
+
+class LayoutTables(NamedTuple):
+    """What a pooling kernel needs to know of a layout, computed once on the host. All int32 but `roles`.
+
+    Attributes:
+        roles: int8 ``[T]``, a `TokenRole` per token slot.
+        sequences: ``[B, 8]``, (start0, stop0, start1, stop1, last response token, prompt tokens, response tokens,
+            number of the first chunk) per sequence.
+        chunks: ``[N]``, the sequence of each chunk, sequence after sequence.
+        groups: ``[G, 5]``, (start, stop, first reader, readers, number of the first chunk) per group of
+            `SequenceLayout.query_ranges`; the sequences that read a group are consecutive.
+        group_chunks: ``[M]``, the group of each chunk of a group.
+    """
+
+    roles: Tensor
+    sequences: Tensor
+    chunks: Tensor
+    groups: Tensor
+    group_chunks: Tensor
+
+    @property
+    def ranges(self) -> Tensor:
+        """``[B, 4]``: start0, stop0, start1, stop1."""
+        return self.sequences[:, :4]
+
+    @property
+    def last_response(self) -> Tensor:
+        """``[B]``: the last response token."""
+        return self.sequences[:, 4]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +77,9 @@ class SequenceLayout:
         response_lengths: int32 ``[B]``, number of response tokens of each sequence (at least one).
         query_ranges: int32 ``[G, 2]``. Attention groups: every non-padding token lies in exactly one.
         key_ranges: int32 ``[G, 4]``, what the queries of a group see: (before its own range, its own range).
+        readers: int32 ``[G, 2]``, which sequences read the tokens of a group: (first, count).
         max_length: tokens of the longest sequence (or of a longer prompt that no sequence reads).
+        tables: the above as kernels want it; filled in by `padded`, `packed` and `shared_prompts`.
         kept: int64 ``[T']``, the slots that are not padding; None where there is no padding.
         unpadded: the layout of ``states[kept]``; None where there is no padding.
         shares_prompts: whether the layout was built by `shared_prompts`.
@@ -58,7 +93,9 @@ class SequenceLayout:
     response_lengths: Tensor
     query_ranges: Tensor
     key_ranges: Tensor
+    readers: Tensor
     max_length: int
+    tables: LayoutTables | None = None
     kept: Tensor | None = None
     unpadded: SequenceLayout | None = None
     shares_prompts: bool = False
@@ -123,10 +160,11 @@ class SequenceLayout:
             response_lengths=_int32(response_lengths),
             query_ranges=_int32(torch.stack([begin, end], dim=1)),
             key_ranges=_int32(torch.stack([empty, empty, begin, end], dim=1)),
+            readers=_one_reader_each(batch),
             max_length=int(counts.max()) if batch else 0,
             padded_shape=(batch, length),
         )
-        return layout._keep_unpadded().to(device)
+        return layout._keep_unpadded()._with_tables().to(device)
 
     @classmethod
     def packed(
@@ -158,16 +196,21 @@ class SequenceLayout:
         total = int(stop[-1]) if len(stop) else 0
         _check_token_count(total)
         empty = torch.zeros_like(start)
-        return cls(
-            ranges=_int32(torch.stack([start, stop, empty, empty], dim=1)),
-            roles=_alternating_roles(torch.stack([prompts, responses], dim=1).flatten()),
-            last_response=_int32(stop - 1),
-            prompt_lengths=_int32(prompts),
-            response_lengths=_int32(responses),
-            query_ranges=_int32(torch.stack([start, stop], dim=1)),
-            key_ranges=_int32(torch.stack([empty, empty, start, stop], dim=1)),
-            max_length=int((prompts + responses).max()) if len(prompts) else 0,
-        ).to(device)
+        return (
+            cls(
+                ranges=_int32(torch.stack([start, stop, empty, empty], dim=1)),
+                roles=_alternating_roles(torch.stack([prompts, responses], dim=1).flatten()),
+                last_response=_int32(stop - 1),
+                prompt_lengths=_int32(prompts),
+                response_lengths=_int32(responses),
+                query_ranges=_int32(torch.stack([start, stop], dim=1)),
+                key_ranges=_int32(torch.stack([empty, empty, start, stop], dim=1)),
+                readers=_one_reader_each(len(start)),
+                max_length=int((prompts + responses).max()) if len(prompts) else 0,
+            )
+            ._with_tables()
+            .to(device)
+        )
 
     @classmethod
     def shared_prompts(
@@ -216,17 +259,29 @@ class SequenceLayout:
         response_range = torch.stack([start[response_piece], stop[response_piece]], dim=1)
         ranges = torch.cat([prompt_range[owner], response_range], dim=1)
         nothing = torch.zeros_like(prompt_range)
-        return cls(
-            ranges=_int32(ranges),
-            roles=torch.repeat_interleave(piece_roles, lengths).to(torch.int8),
-            last_response=_int32(response_range[:, 1] - 1),
-            prompt_lengths=_int32(prompts[owner]),
-            response_lengths=_int32(responses),
-            query_ranges=_int32(torch.cat([prompt_range, response_range])),
-            key_ranges=_int32(torch.cat([torch.cat([nothing, prompt_range], dim=1), ranges])),
-            max_length=int(torch.cat([prompts, prompts[owner] + responses]).max()) if len(prompts) else 0,
-            shares_prompts=True,
-        ).to(device)
+        return (
+            cls(
+                ranges=_int32(ranges),
+                roles=torch.repeat_interleave(piece_roles, lengths).to(torch.int8),
+                last_response=_int32(response_range[:, 1] - 1),
+                prompt_lengths=_int32(prompts[owner]),
+                response_lengths=_int32(responses),
+                query_ranges=_int32(torch.cat([prompt_range, response_range])),
+                key_ranges=_int32(torch.cat([torch.cat([nothing, prompt_range], dim=1), ranges])),
+                readers=_int32(
+                    torch.cat(
+                        [
+                            torch.stack([torch.cumsum(candidates, 0) - candidates, candidates], dim=1),
+                            _one_reader_each(len(responses)),
+                        ]
+                    )
+                ),
+                max_length=int(torch.cat([prompts, prompts[owner] + responses]).max()) if len(prompts) else 0,
+                shares_prompts=True,
+            )
+            ._with_tables()
+            .to(device)
+        )
 
     def _keep_unpadded(self) -> SequenceLayout:
         """This padded layout with `kept` and `unpadded` filled in, if it has padding."""
@@ -237,8 +292,23 @@ class SequenceLayout:
         before[1:] = torch.cumsum(real, 0)
         names = ("ranges", "last_response", "query_ranges", "key_ranges")
         moved: dict[str, Any] = {name: before[getattr(self, name).long()] for name in names}
-        unpadded = replace(self, **moved, roles=self.roles[real], padded_shape=None)
+        unpadded = replace(self, **moved, roles=self.roles[real], padded_shape=None)._with_tables()
         return replace(self, kept=real.nonzero().squeeze(1), unpadded=unpadded)
+
+    def _with_tables(self) -> SequenceLayout:
+        """This layout with its `tables`."""
+        lengths = self.prompt_lengths + self.response_lengths
+        chunks, first_chunks = _chunks(lengths)
+        columns = (self.last_response, self.prompt_lengths, self.response_lengths, first_chunks)
+        group_chunks, first_group_chunks = _chunks(self.query_ranges[:, 1] - self.query_ranges[:, 0])
+        tables = LayoutTables(
+            self.roles,
+            torch.cat([self.ranges, torch.stack(columns, dim=1)], dim=1),
+            chunks,
+            torch.cat([self.query_ranges, self.readers, first_group_chunks[:, None]], dim=1),
+            group_chunks,
+        )
+        return replace(self, tables=tables)
 
     @property
     def has_padding(self) -> bool:
@@ -266,6 +336,8 @@ class SequenceLayout:
         moved: dict[str, Any] = {
             k: v.to(device) for k, v in values.items() if isinstance(v, (Tensor, SequenceLayout))
         }
+        if self.tables is not None:
+            moved["tables"] = LayoutTables(*(x.to(device) for x in self.tables))
         return replace(self, **moved)
 
     def position_ids(self) -> Tensor:
@@ -335,6 +407,18 @@ def _lengths(name: str, values: Sequence[int] | Tensor) -> Tensor:
 def _alternating_roles(lengths: Tensor) -> Tensor:
     roles = torch.tensor([TokenRole.PROMPT, TokenRole.RESPONSE], dtype=torch.int8).repeat(len(lengths) // 2)
     return torch.repeat_interleave(roles, lengths)
+
+
+def _one_reader_each(count: int) -> Tensor:
+    """Group ``g`` is read by sequence ``g`` alone."""
+    return torch.stack([torch.arange(count), torch.ones(count, dtype=torch.long)], dim=1).to(torch.int32)
+
+
+def _chunks(lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """For runs of these lengths cut into chunks: the run of each chunk, and each run's first chunk."""
+    counts = (lengths.long() + CHUNK_TOKENS - 1) // CHUNK_TOKENS
+    owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    return _int32(owner), _int32(torch.cumsum(counts, 0) - counts)
 
 
 def _int32(values: Tensor) -> Tensor:

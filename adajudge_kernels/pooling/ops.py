@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adajudge_kernels import backends
 from adajudge_kernels.arguments import MAX_DEPTHS, check_choice, check_layout, check_like, check_states
-from adajudge_kernels.layout import SequenceLayout
+from adajudge_kernels.layout import LayoutTables, SequenceLayout
 from adajudge_kernels.registration import arithmetic_dtype, operator
 
 __all__ = ["PooledViews", "attention_pool", "depth_gate", "masked_mean_pool", "multi_view_pool"]
@@ -26,6 +26,22 @@ class PooledViews(NamedTuple):
 
 def _kernels(backend: str) -> Any:
     return backends.load("pooling", backend)
+
+
+def _split_tables(ctx: Any) -> list[Any]:
+    """What an operator saved, its `LayoutTables` as one list at the end."""
+    count = len(LayoutTables._fields)
+    return [*ctx.saved_tensors[:-count], list(ctx.saved_tensors[-count:])]
+
+
+def _tables(layout: SequenceLayout) -> list[Tensor]:
+    assert layout.tables is not None  # checked by check_layout
+    return list(layout.tables)
+
+
+def _no_gradient() -> list[None]:
+    """For the tables: autograd wants one entry per tensor of a list."""
+    return [None] * len(LayoutTables._fields)
 
 
 def depth_gate(hidden: Tensor, weight: Tensor, bias: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
@@ -53,9 +69,7 @@ def depth_gate(hidden: Tensor, weight: Tensor, bias: Tensor, layout: SequenceLay
     check_like("weight", weight, (depths, hidden.shape[1]), hidden, "hidden")
     check_like("bias", bias, (depths,), hidden, "hidden")
     backend = backends.choose_backend(hidden.device).backend
-    alpha, prompt_mean, _ = _depth_gate(
-        hidden, weight, bias, layout.ranges, layout.roles, layout.max_length, backend
-    )
+    alpha, prompt_mean, _ = _depth_gate(hidden, weight, bias, _tables(layout), layout.max_length, backend)
     return alpha, prompt_mean
 
 
@@ -66,9 +80,9 @@ def check_depths(name: str, depths: int) -> None:
 
 
 def _depth_gate_fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor, ranges: Tensor, *_: Any
+    hidden: Tensor, weight: Tensor, bias: Tensor, tables: list[Tensor], *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype, (batch, d) = arithmetic_dtype(hidden.dtype), (ranges.shape[0], hidden.shape[1])
+    dtype, (batch, d) = arithmetic_dtype(hidden.dtype), (tables[1].shape[0], hidden.shape[1])
     alpha = hidden.new_empty(batch, weight.shape[0], dtype=dtype)
     return alpha, hidden.new_empty(batch, d, dtype=dtype), hidden.new_empty(batch, d, dtype=dtype)
 
@@ -78,12 +92,11 @@ def _depth_gate(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor,
-    ranges: Tensor,
-    roles: Tensor,
+    tables: list[Tensor],
     max_length: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _kernels(backend).depth_gate_forward(hidden, weight, bias, ranges, roles, max_length)
+    return _kernels(backend).depth_gate_forward(hidden, weight, bias, LayoutTables(*tables), max_length)
 
 
 def _depth_gate_backward_fake(
@@ -93,13 +106,12 @@ def _depth_gate_backward_fake(
     context: Tensor,
     weight: Tensor,
     bias: Tensor,
-    ranges: Tensor,
-    roles: Tensor,
+    tables: list[Tensor],
     max_length: int,
     hidden_dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    hidden = weight.new_empty(roles.shape[0], weight.shape[1], dtype=hidden_dtype)
+    hidden = weight.new_empty(tables[0].shape[0], weight.shape[1], dtype=hidden_dtype)
     return hidden, torch.empty_like(weight), torch.empty_like(bias)
 
 
@@ -111,8 +123,7 @@ def _depth_gate_backward(
     context: Tensor,
     weight: Tensor,
     bias: Tensor,
-    ranges: Tensor,
-    roles: Tensor,
+    tables: list[Tensor],
     max_length: int,
     hidden_dtype: torch.dtype,
     backend: str,
@@ -123,27 +134,26 @@ def _depth_gate_backward(
         alpha,
         context,
         weight,
-        ranges,
-        roles,
+        LayoutTables(*tables),
         max_length,
-        roles.shape[0],
         hidden_dtype,
     )
     return dhidden, dweight.to(weight.dtype), dbias.to(bias.dtype)
 
 
 def _depth_gate_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, ranges, roles, ctx.max_length, ctx.backend = inputs
+    hidden, weight, bias, tables, ctx.max_length, ctx.backend = inputs
     alpha, _, context = output
     ctx.hidden_dtype = hidden.dtype
-    ctx.save_for_backward(alpha, context, weight, bias, ranges, roles)
+    ctx.save_for_backward(alpha, context, weight, bias, *tables)
 
 
 def _depth_gate_gradients(ctx: Any, grad_alpha: Tensor, grad_prompt: Tensor, _: Tensor) -> tuple[Any, ...]:
+    *saved, tables = _split_tables(ctx)
     dhidden, dweight, dbias = _depth_gate_backward(
-        grad_alpha, grad_prompt, *ctx.saved_tensors, ctx.max_length, ctx.hidden_dtype, ctx.backend
+        grad_alpha, grad_prompt, *saved, tables, ctx.max_length, ctx.hidden_dtype, ctx.backend
     )
-    return dhidden, dweight, dbias, None, None, None, None
+    return dhidden, dweight, dbias, _no_gradient(), None, None
 
 
 _depth_gate.register_autograd(_depth_gate_gradients, setup_context=_depth_gate_context)
@@ -197,9 +207,7 @@ def multi_view_pool(
         depth_weights,
         attention_weight,
         attention_bias,
-        layout.ranges,
-        layout.roles,
-        layout.last_response,
+        _tables(layout),
         layout.max_length,
         attention_tokens == "response",
         backends.choose_backend(states[0].device).backend,
@@ -219,9 +227,7 @@ def _multi_view_pool(
     depth_weights: Tensor,
     attention_weight: Tensor,
     attention_bias: Tensor,
-    ranges: Tensor,
-    roles: Tensor,
-    last_response: Tensor,
+    tables: list[Tensor],
     max_length: int,
     response_only: bool,
     backend: str,
@@ -231,9 +237,7 @@ def _multi_view_pool(
         depth_weights,
         attention_weight,
         attention_bias,
-        ranges,
-        roles,
-        last_response,
+        LayoutTables(*tables),
         max_length,
         response_only,
     )
@@ -259,9 +263,7 @@ def _multi_view_pool_backward(
     attention_bias: Tensor,
     attention: Tensor,
     log_sum_exp: Tensor,
-    ranges: Tensor,
-    roles: Tensor,
-    last_response: Tensor,
+    tables: list[Tensor],
     max_length: int,
     response_only: bool,
     backend: str,
@@ -274,9 +276,7 @@ def _multi_view_pool_backward(
         attention_bias,
         attention,
         log_sum_exp,
-        ranges,
-        roles,
-        last_response,
+        LayoutTables(*tables),
         max_length,
         response_only,
     )
@@ -289,21 +289,20 @@ def _multi_view_pool_backward(
 
 
 def _multi_view_pool_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    states, alpha, weight, bias, ranges, roles, last_response = inputs[:7]
-    ctx.max_length, ctx.response_only, ctx.backend = inputs[7:]
+    states, alpha, weight, bias, tables, ctx.max_length, ctx.response_only, ctx.backend = inputs
     ctx.depths = len(states)
     _, _, attention, log_sum_exp = output
-    ctx.save_for_backward(*states, alpha, weight, bias, attention, log_sum_exp, ranges, roles, last_response)
+    ctx.save_for_backward(*states, alpha, weight, bias, attention, log_sum_exp, *tables)
 
 
 def _multi_view_pool_gradients(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
-    states, rest = list(saved[: ctx.depths]), saved[ctx.depths :]
+    *saved, tables = _split_tables(ctx)
+    states, rest = saved[: ctx.depths], saved[ctx.depths :]
     gradients = _multi_view_pool_backward(
-        list(grads[:3]), states, *rest, ctx.max_length, ctx.response_only, ctx.backend
+        list(grads[:3]), states, *rest, tables, ctx.max_length, ctx.response_only, ctx.backend
     )
     dstates, (dalpha, dweight, dbias) = gradients[: ctx.depths], gradients[ctx.depths :]
-    return list(dstates), dalpha, dweight, dbias, None, None, None, None, None, None
+    return list(dstates), dalpha, dweight, dbias, _no_gradient(), None, None, None
 
 
 _multi_view_pool.register_autograd(_multi_view_pool_gradients, setup_context=_multi_view_pool_context)
@@ -327,58 +326,56 @@ def masked_mean_pool(hidden: Tensor, layout: SequenceLayout, tokens: str = "resp
     check_states("hidden", hidden, layout)
     check_choice("tokens", tokens, ("response", "prompt", "all"))
     backend = backends.choose_backend(hidden.device).backend
-    return _masked_mean_pool(hidden, layout.ranges, layout.roles, layout.max_length, tokens, backend)
+    return _masked_mean_pool(hidden, _tables(layout), layout.max_length, tokens, backend)
 
 
-def _masked_mean_pool_fake(hidden: Tensor, ranges: Tensor, *_: Any) -> Tensor:
-    return hidden.new_empty(ranges.shape[0], hidden.shape[1], dtype=arithmetic_dtype(hidden.dtype))
+def _masked_mean_pool_fake(hidden: Tensor, tables: list[Tensor], *_: Any) -> Tensor:
+    return hidden.new_empty(tables[1].shape[0], hidden.shape[1], dtype=arithmetic_dtype(hidden.dtype))
 
 
 @operator("masked_mean_pool", _masked_mean_pool_fake)
 def _masked_mean_pool(
-    hidden: Tensor, ranges: Tensor, roles: Tensor, max_length: int, tokens: str, backend: str
+    hidden: Tensor, tables: list[Tensor], max_length: int, tokens: str, backend: str
 ) -> Tensor:
-    return _kernels(backend).masked_mean_pool_forward(hidden, ranges, roles, max_length, tokens)
+    return _kernels(backend).masked_mean_pool_forward(hidden, LayoutTables(*tables), max_length, tokens)
 
 
 def _masked_mean_pool_backward_fake(
     grad: Tensor,
-    ranges: Tensor,
-    roles: Tensor,
+    tables: list[Tensor],
     max_length: int,
     tokens: str,
     hidden_dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    return grad.new_empty(roles.shape[0], grad.shape[1], dtype=hidden_dtype)
+    return grad.new_empty(tables[0].shape[0], grad.shape[1], dtype=hidden_dtype)
 
 
 @operator("masked_mean_pool_backward", _masked_mean_pool_backward_fake)
 def _masked_mean_pool_backward(
     grad: Tensor,
-    ranges: Tensor,
-    roles: Tensor,
+    tables: list[Tensor],
     max_length: int,
     tokens: str,
     hidden_dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
     return _kernels(backend).masked_mean_pool_backward(
-        grad, ranges, roles, max_length, tokens, roles.shape[0], hidden_dtype
+        grad, LayoutTables(*tables), max_length, tokens, hidden_dtype
     )
 
 
 def _masked_mean_pool_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    hidden, ranges, roles, ctx.max_length, ctx.tokens, ctx.backend = inputs
+    hidden, tables, ctx.max_length, ctx.tokens, ctx.backend = inputs
     ctx.hidden_dtype = hidden.dtype
-    ctx.save_for_backward(ranges, roles)
+    ctx.save_for_backward(*tables)
 
 
 def _masked_mean_pool_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     dhidden = _masked_mean_pool_backward(
-        grad, *ctx.saved_tensors, ctx.max_length, ctx.tokens, ctx.hidden_dtype, ctx.backend
+        grad, list(ctx.saved_tensors), ctx.max_length, ctx.tokens, ctx.hidden_dtype, ctx.backend
     )
-    return dhidden, None, None, None, None, None
+    return dhidden, _no_gradient(), None, None, None
 
 
 _masked_mean_pool.register_autograd(_masked_mean_pool_gradients, setup_context=_masked_mean_pool_context)
@@ -409,15 +406,15 @@ def attention_pool(
     check_choice("tokens", tokens, ("all", "response"))
     backend = backends.choose_backend(hidden.device).backend
     pooled, _ = _attention_pool(
-        hidden, weight, bias, layout.ranges, layout.roles, layout.max_length, tokens == "response", backend
+        hidden, weight, bias, _tables(layout), layout.max_length, tokens == "response", backend
     )
     return pooled
 
 
 def _attention_pool_fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor, ranges: Tensor, *_: Any
+    hidden: Tensor, weight: Tensor, bias: Tensor, tables: list[Tensor], *_: Any
 ) -> tuple[Tensor, Tensor]:
-    dtype, batch = arithmetic_dtype(hidden.dtype), ranges.shape[0]
+    dtype, batch = arithmetic_dtype(hidden.dtype), tables[1].shape[0]
     return hidden.new_empty(batch, hidden.shape[1], dtype=dtype), hidden.new_empty(batch, dtype=dtype)
 
 
@@ -426,14 +423,13 @@ def _attention_pool(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor,
-    ranges: Tensor,
-    roles: Tensor,
+    tables: list[Tensor],
     max_length: int,
     response_only: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     return _kernels(backend).attention_pool_forward(
-        hidden, weight, bias, ranges, roles, max_length, response_only
+        hidden, weight, bias, LayoutTables(*tables), max_length, response_only
     )
 
 
@@ -451,28 +447,28 @@ def _attention_pool_backward(
     bias: Tensor,
     pooled: Tensor,
     log_sum_exp: Tensor,
-    ranges: Tensor,
-    roles: Tensor,
+    tables: list[Tensor],
     max_length: int,
     response_only: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dhidden, dweight, dbias = _kernels(backend).attention_pool_backward(
-        grad, hidden, weight, bias, pooled, log_sum_exp, ranges, roles, max_length, response_only
+        grad, hidden, weight, bias, pooled, log_sum_exp, LayoutTables(*tables), max_length, response_only
     )
     return dhidden, dweight.to(weight.dtype), dbias.to(bias.dtype)
 
 
 def _attention_pool_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    hidden, weight, bias, ranges, roles, ctx.max_length, ctx.response_only, ctx.backend = inputs
-    ctx.save_for_backward(hidden, weight, bias, *output, ranges, roles)
+    hidden, weight, bias, tables, ctx.max_length, ctx.response_only, ctx.backend = inputs
+    ctx.save_for_backward(hidden, weight, bias, *output, *tables)
 
 
 def _attention_pool_gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+    *saved, tables = _split_tables(ctx)
     dhidden, dweight, dbias = _attention_pool_backward(
-        grad, *ctx.saved_tensors, ctx.max_length, ctx.response_only, ctx.backend
+        grad, *saved, tables, ctx.max_length, ctx.response_only, ctx.backend
     )
-    return dhidden, dweight, dbias, None, None, None, None, None
+    return dhidden, dweight, dbias, _no_gradient(), None, None, None
 
 
 _attention_pool.register_autograd(_attention_pool_gradients, setup_context=_attention_pool_context)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adajudge_kernels.layout import TokenRole
+from adajudge_kernels.layout import LayoutTables, TokenRole
 from adajudge_kernels.ordered import sum_features, sum_tokens, upcast
 
 
@@ -25,15 +25,15 @@ class Tokens(NamedTuple):
     response: Tensor  # [B, L] bool
 
 
-def dense_tokens(ranges: Tensor, roles: Tensor, max_length: int) -> Tokens:
+def dense_tokens(tables: LayoutTables, max_length: int) -> Tokens:
     """Virtual positions 0..L-1 of every sequence run through its first range, then through its second."""
-    start0, stop0, start1, stop1 = ranges.long().unsqueeze(-1).unbind(1)  # each [B, 1]
-    position = torch.arange(max_length, device=ranges.device)
+    start0, stop0, start1, stop1 = tables.ranges.long().unsqueeze(-1).unbind(1)  # each [B, 1]
+    position = torch.arange(max_length, device=tables.roles.device)
     first = stop0 - start0
     index = torch.where(position < first, start0 + position, start1 + position - first)
     valid = position < first + stop1 - start1
     index = torch.where(valid, index, 0)
-    response = valid & (roles[index] == TokenRole.RESPONSE) if roles.numel() else valid
+    response = valid & (tables.roles[index] == TokenRole.RESPONSE) if tables.roles.numel() else valid
     return Tokens(index, valid, response)
 
 
@@ -89,10 +89,10 @@ def mix_depths(states: list[Tensor], depth_weights: Tensor, tokens: Tokens) -> T
 
 
 def depth_gate_forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor, ranges: Tensor, roles: Tensor, max_length: int
+    hidden: Tensor, weight: Tensor, bias: Tensor, tables: LayoutTables, max_length: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``alpha [B, K]``, ``z_P [B, d]`` and the context ``c [B, d]``."""
-    tokens = dense_tokens(ranges, roles, max_length)
+    tokens = dense_tokens(tables, max_length)
     states = gather(hidden, tokens)
     context = mean_over(states, tokens.valid)
     logits = sum_features(context.unsqueeze(1) * upcast(weight)) + upcast(bias)
@@ -107,14 +107,12 @@ def depth_gate_backward(
     alpha: Tensor,
     context: Tensor,
     weight: Tensor,
-    ranges: Tensor,
-    roles: Tensor,
+    tables: LayoutTables,
     max_length: int,
-    num_tokens: int,
     hidden_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias."""
-    tokens = dense_tokens(ranges, roles, max_length)
+    tokens = dense_tokens(tables, max_length)
     prompt = tokens.valid & ~tokens.response
     dlogits = alpha * (grad_alpha - (grad_alpha * alpha).sum(dim=1, keepdim=True))
     dcontext = dlogits @ upcast(weight) / tokens.valid.sum(dim=1, keepdim=True)
@@ -122,7 +120,7 @@ def depth_gate_backward(
     dtokens = selected(tokens.valid[..., None], dcontext[:, None]) + selected(
         prompt[..., None], dprompt[:, None]
     )
-    dhidden = add_to_tokens(dtokens, tokens, num_tokens, hidden_dtype)
+    dhidden = add_to_tokens(dtokens, tokens, tables.roles.shape[0], hidden_dtype)
     return dhidden, dlogits.mT @ context, dlogits.sum(dim=0)
 
 
@@ -131,19 +129,17 @@ def multi_view_pool_forward(
     depth_weights: Tensor,
     weight: Tensor,
     bias: Tensor,
-    ranges: Tensor,
-    roles: Tensor,
-    last_response: Tensor,
+    tables: LayoutTables,
     max_length: int,
     response_only: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``z_L, z_M, z_A``, each ``[B, d]``, and the log-sum-exp ``[B]`` of the attention view."""
-    tokens = dense_tokens(ranges, roles, max_length)
+    tokens = dense_tokens(tables, max_length)
     refined = mix_depths(states, depth_weights, tokens)
     beta, log_sum_exp = attention_scores(
         refined, weight, bias, tokens.response if response_only else tokens.valid
     )
-    last = sum_tokens(selected((tokens.slot == last_response[:, None])[..., None], refined))
+    last = sum_tokens(selected((tokens.slot == tables.last_response[:, None])[..., None], refined))
     return last, mean_over(refined, tokens.response), sum_tokens(refined * beta.unsqueeze(-1)), log_sum_exp
 
 
@@ -157,9 +153,7 @@ def multi_view_pool_backward(
     bias: Tensor,
     attention: Tensor,
     log_sum_exp: Tensor,
-    ranges: Tensor,
-    roles: Tensor,
-    last_response: Tensor,
+    tables: LayoutTables,
     max_length: int,
     response_only: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
@@ -169,13 +163,13 @@ def multi_view_pool_backward(
     then ``dH_k,t = alpha_k g_t`` and ``dalpha_k = sum_t g_t . H_k,t``. The bias shifts all logits of a softmax
     alike: its gradient, ``sum_t dlogit_t``, is zero, and is returned as such instead of as rounding noise.
     """
-    tokens = dense_tokens(ranges, roles, max_length)
+    tokens = dense_tokens(tables, max_length)
     refined = mix_depths(states, depth_weights, tokens)
     mask = tokens.response if response_only else tokens.valid
     logits = sum_features(refined * upcast(weight)) + upcast(bias)
     beta = torch.exp(torch.where(mask, logits - log_sum_exp[:, None], float("-inf")))
     dlogits = beta * ((refined - attention[:, None]) * grad_attention[:, None]).sum(dim=-1)
-    is_last = (tokens.slot == last_response[:, None]) & tokens.valid
+    is_last = (tokens.slot == tables.last_response[:, None]) & tokens.valid
     dmean = grad_mean / tokens.response.sum(dim=1, keepdim=True).clamp(min=1)
     drefined = (
         selected(is_last[..., None], grad_last[:, None])
@@ -198,41 +192,38 @@ def _token_mask(tokens: Tokens, which: str) -> Tensor:
     return tokens.valid & ~tokens.response if which == "prompt" else tokens.valid
 
 
-def masked_mean_pool_forward(
-    hidden: Tensor, ranges: Tensor, roles: Tensor, max_length: int, which: str
-) -> Tensor:
+def masked_mean_pool_forward(hidden: Tensor, tables: LayoutTables, max_length: int, which: str) -> Tensor:
     """Mean over the tokens that `which` names, ``[B, d]``; zero where there are none."""
-    tokens = dense_tokens(ranges, roles, max_length)
+    tokens = dense_tokens(tables, max_length)
     return mean_over(gather(hidden, tokens), _token_mask(tokens, which))
 
 
 def masked_mean_pool_backward(
     grad: Tensor,
-    ranges: Tensor,
-    roles: Tensor,
+    tables: LayoutTables,
     max_length: int,
     which: str,
-    num_tokens: int,
     hidden_dtype: torch.dtype,
 ) -> Tensor:
     """``dh_t = m_t / n g``."""
-    tokens = dense_tokens(ranges, roles, max_length)
+    tokens = dense_tokens(tables, max_length)
     mask = _token_mask(tokens, which)
     per_token = grad / mask.sum(dim=1, keepdim=True).clamp(min=1)
-    return add_to_tokens(selected(mask[..., None], per_token[:, None]), tokens, num_tokens, hidden_dtype)
+    return add_to_tokens(
+        selected(mask[..., None], per_token[:, None]), tokens, tables.roles.shape[0], hidden_dtype
+    )
 
 
 def attention_pool_forward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor,
-    ranges: Tensor,
-    roles: Tensor,
+    tables: LayoutTables,
     max_length: int,
     response_only: bool,
 ) -> tuple[Tensor, Tensor]:
     """``z_A [B, d]`` of one state, and the log-sum-exp ``[B]``."""
-    tokens = dense_tokens(ranges, roles, max_length)
+    tokens = dense_tokens(tables, max_length)
     states = gather(hidden, tokens)
     mask = tokens.response if response_only else tokens.valid
     beta, log_sum_exp = attention_scores(states, weight, bias, mask)
@@ -246,13 +237,12 @@ def attention_pool_backward(
     bias: Tensor,
     pooled: Tensor,
     log_sum_exp: Tensor,
-    ranges: Tensor,
-    roles: Tensor,
+    tables: LayoutTables,
     max_length: int,
     response_only: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias: the attention terms of `multi_view_pool_backward`."""
-    tokens = dense_tokens(ranges, roles, max_length)
+    tokens = dense_tokens(tables, max_length)
     states = gather(hidden, tokens)
     mask = tokens.response if response_only else tokens.valid
     logits = sum_features(states * upcast(weight)) + upcast(bias)

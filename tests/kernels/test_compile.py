@@ -89,19 +89,17 @@ def arguments(layout, d, device, dtype):
 
 OPERATORS = {
     "depth_gate": lambda h, w, b, x, tail: (
-        (h, torch.randn(2, 5, requires_grad=True), torch.randn(2), x.ranges, x.roles, x.max_length, *tail)
+        (h, torch.randn(2, 5, requires_grad=True), torch.randn(2), list(x.tables), x.max_length, *tail)
     ),
-    "masked_mean_pool": lambda h, w, b, x, tail: (h, x.ranges, x.roles, x.max_length, "all", *tail),
-    "attention_pool": lambda h, w, b, x, tail: (h, w, b, x.ranges, x.roles, x.max_length, False, *tail),
+    "masked_mean_pool": lambda h, w, b, x, tail: (h, list(x.tables), x.max_length, "all", *tail),
+    "attention_pool": lambda h, w, b, x, tail: (h, w, b, list(x.tables), x.max_length, False, *tail),
     "multi_view_pool": lambda h, w, b, x, tail: (
         (
             [h, h.detach()],
             torch.rand(x.num_sequences, 2),
             w,
             b,
-            x.ranges,
-            x.roles,
-            x.last_response,
+            list(x.tables),
             x.max_length,
             True,
             *tail,

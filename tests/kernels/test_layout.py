@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 
 from adajudge_kernels import SequenceLayout, TokenRole
+from adajudge_kernels.layout import CHUNK_TOKENS
 from tests.kernels.batches import LAYOUTS, RAGGED, batches
 
 
@@ -39,6 +40,28 @@ def test_every_token_is_in_one_attention_group_and_counts_from_its_sequences_sta
     for b in range(layout.num_sequences):
         rows = rows_of(layout, b)
         assert positions[rows].tolist() == list(range(len(rows)))
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@given(batch=batches(max_length=200))
+@settings(max_examples=20, deadline=None, database=None)
+def test_tables_cut_every_sequence_and_group_into_chunks_and_name_a_groups_readers(kind, batch):
+    layout, _ = batch.lay_out(kind)
+    roles, sequences, chunks, groups, group_chunks = layout.tables
+    assert torch.equal(roles, layout.roles)
+    assert torch.equal(layout.tables.ranges, layout.ranges)
+    assert torch.equal(layout.tables.last_response, layout.last_response)
+    for owners, firsts, lengths in (
+        (chunks, sequences[:, 7], [len(rows_of(layout, b)) for b in range(layout.num_sequences)]),
+        (group_chunks, groups[:, 4], (groups[:, 1] - groups[:, 0]).tolist()),
+    ):
+        counts = [-(-length // CHUNK_TOKENS) for length in lengths]
+        assert owners.tolist() == [i for i, count in enumerate(counts) for _ in range(count)]
+        assert firsts.tolist() == [sum(counts[:i]) for i in range(len(counts))]
+    for start, stop, first, count, _ in groups.tolist():
+        token = set(range(start, stop))
+        readers = [b for b in range(layout.num_sequences) if token & set(rows_of(layout, b))]
+        assert not token or readers == list(range(first, first + count))
 
 
 @pytest.mark.parametrize("kind", ["padded_left", "padded_right"])
