@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from adajudge_kernels.arguments import check_layout, check_like, check_states
 from adajudge_kernels.experts.ops import CombinedReward, ExpertWeights, gated_expert_combination
 from adajudge_kernels.layout import SequenceLayout, TokenRole
 from adajudge_kernels.pooling.ops import PooledViews, check_depths, depth_gate, multi_view_pool
@@ -107,6 +108,9 @@ class RefinementBlock(nn.Module):
 
     def forward(self, hidden: Tensor, layout: SequenceLayout) -> Tensor:
         """``[T, d] -> [T, d]``; rows of padding come out as zero."""
+        check_layout(layout)
+        check_states("hidden", hidden, layout)
+        check_like("hidden", hidden, (layout.num_tokens, self.qkv.in_features), hidden, "hidden")
         if layout.has_padding:
             hidden = torch.where((layout.roles != TokenRole.PADDING)[:, None], hidden, 0)
         _, normed = residual_rms_norm(hidden, None, self.attention_norm, self.eps)

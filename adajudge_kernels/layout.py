@@ -106,13 +106,14 @@ class SequenceLayout:
         """Layout of a padded batch: states are the ``[B*L, d]`` view of ``[B, L, d]``.
 
         Args:
-            attention_mask: ``[B, L]`` bool, integer or float; nonzero marks a token of the sequence. The tokens
+            attention_mask: ``[B, L]`` bool, integer or float, zeros and ones; one marks a token of the sequence. The tokens
                 of a row are one unbroken run (padding left, right or on both sides).
-            response_mask: ``[B, L]``; nonzero marks a response token, in any pattern (several turns). What it
+            response_mask: ``[B, L]``, zeros and ones; one marks a response token, in any pattern (several turns). What it
                 says of padding does not matter.
 
         Raises:
-            ValueError: shapes differ or are not ``[B, L]``; a row has a gap; a sequence has no response token.
+            ValueError: shapes differ or are not ``[B, L]``; a mask has other values; a row has a gap; a sequence has no
+                response token.
         """
         _check_mask("attention_mask", attention_mask)
         _check_mask("response_mask", response_mask)
@@ -122,6 +123,8 @@ class SequenceLayout:
                 f"{tuple(attention_mask.shape)}"
             )
         device = attention_mask.device
+        _check_zeros_and_ones("attention_mask", attention_mask)
+        _check_zeros_and_ones("response_mask", response_mask)
         real = (
             attention_mask.detach().cpu() != 0
         )  # the one synchronisation: layouts are described on the host
@@ -372,6 +375,17 @@ def _check_mask(name: str, mask: Tensor) -> None:
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         came = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"{name}: {came} came, expected a tensor of shape [B, L]")
+
+
+def _check_zeros_and_ones(name: str, mask: Tensor) -> None:
+    """An additive mask or a row of labels would otherwise be read as its opposite."""
+    values = mask.detach().cpu()
+    wrong = (values != 0) & (values != 1)
+    if bool(wrong.any()):
+        row, column = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name}: {values[row, column].item()} came in row {row}, expected zeros and ones only"
+        )
 
 
 def _check_token_count(total: int) -> None:

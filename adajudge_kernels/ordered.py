@@ -54,5 +54,9 @@ _LANES = 64  # a multiple of every vector width; partial sums of [B, m, 64] stay
 
 
 def silu(x: Tensor) -> Tensor:
-    """``x / (1 + exp(-x))``. torch's own differs by a bit between its vector body and its scalar tail."""
-    return x / (1 + torch.exp(-x))
+    """``x / (1 + exp(-x))``. torch's own differs by a bit between its vector body and its scalar tail.
+
+    Written with ``exp(-|x|)``: it never overflows, so the gradient is finite wherever x is.
+    """
+    small = torch.exp(-x.abs())
+    return x * torch.where(x >= 0, 1, small) / (1 + small)

@@ -7,6 +7,7 @@ from types import ModuleType
 from torch import Tensor
 
 from adajudge_kernels import backends
+from adajudge_kernels.arguments import check_float, check_layout, check_like
 from adajudge_kernels.layout import SequenceLayout
 from adajudge_kernels.refinement import reference
 
@@ -15,7 +16,7 @@ _KERNELS = {"reference": reference}
 
 
 def _kernels(x: Tensor) -> ModuleType:
-    return _KERNELS[backends.choose_backend(x.device).backend]
+    return _KERNELS[backends.choose_backend(x.device, "refinement").backend]
 
 
 def residual_rms_norm(
@@ -37,6 +38,11 @@ def residual_rms_norm(
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up`` of the merged projection ``[T, 2f]``, gate first: ``[T, f]``."""
+    check_float("gate_up", gate_up, 2, "[T, 2f]")
+    if gate_up.shape[1] % 2:
+        raise ValueError(
+            f"gate_up: shape {tuple(gate_up.shape)} came, expected [T, 2f], an even last dimension"
+        )
     return _kernels(gate_up).swiglu(gate_up)
 
 
@@ -54,9 +60,17 @@ def sequence_attention(
         ``[T, H, e]`` in the dtype of query; zero at padding.
 
     Raises:
-        ValueError: bidirectional attention over a prompt-shared layout, where a prompt's states would depend on
-            which candidate reads them.
+        ValueError: an argument of the wrong shape, dtype or device; bidirectional attention over a prompt-shared
+            layout, where a prompt's states would depend on which candidate reads them.
     """
+    check_layout(layout)
+    check_float("query", query, 3, "[T, H, e]")
+    if query.shape[0] != layout.num_tokens:
+        raise ValueError(
+            f"query: shape {tuple(query.shape)} came, expected [{layout.num_tokens}, H, e] for this layout"
+        )
+    check_like("key", key, tuple(query.shape), query, "query")
+    check_like("value", value, tuple(query.shape), query, "query")
     if layout.shares_prompts and not causal:
         raise ValueError(
             "causal=False came with a prompt-shared layout: the prompt would see its candidates' responses; "

@@ -106,7 +106,7 @@ class Scorer:
         for name, value in (("token_budget", token_budget), ("window", window)):
             if value < 1:
                 raise ValueError(f"{name}: {value} came, expected at least 1")
-        limit = getattr(model.config.backbone_config, "max_position_embeddings", None)
+        limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if max_length is not None and limit is not None and max_length > limit:
             raise ValueError(f"max_length: {max_length} came, but the backbone ends at {limit} tokens")
         self.model = model.eval()

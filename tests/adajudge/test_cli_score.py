@@ -183,3 +183,38 @@ def test_help_is_quick_and_imports_nothing_heavy():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "score" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "out.jsonl.errors.jsonl", "out.jsonl.partial"])
+def test_the_input_is_never_overwritten(name, tmp_path, capsys):
+    source = tmp_path / name
+    text = json.dumps(PAIR) + "\n"
+    source.write_text(text)
+    if not name.endswith(".jsonl"):
+        source = tmp_path / "link.jsonl"
+        source.symlink_to(tmp_path / name)
+    target = source if name == "in.jsonl" else tmp_path / "out.jsonl"
+    assert main(["score", str(source), "--output", str(target)]) == 2
+    assert "would be overwritten" in capsys.readouterr().err
+    assert source.read_text() == text
+
+
+def test_an_unusable_output_or_device_is_an_error_of_one_line(tmp_path, capsys):
+    source = write_lines(tmp_path / "in.jsonl", PAIR)
+    (tmp_path / "folder.jsonl").mkdir()
+    for options, expected in (
+        (["--output", str(tmp_path / "folder.jsonl")], "it is a folder"),
+        (["--output", str(tmp_path / "o.jsonl"), "--device", "foo"], "--device foo cannot be used"),
+    ):
+        assert main(["score", source, *options]) == 2
+        error = capsys.readouterr().err
+        assert expected in error
+        assert "Traceback" not in error
+
+
+def test_brackets_in_names_are_not_markup(tmp_path, capsys):
+    source = write_lines(tmp_path / "in.jsonl", PAIR | {"domain": "[/x]"})
+    assert main(["score", source, "--output", str(tmp_path / "out[a].jsonl")]) == 0
+    shown = capsys.readouterr().out
+    assert "[/x]" in shown
+    assert "out[a].jsonl" in shown

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import adajudge_kernels as ak
+from adajudge_kernels.refinement.ops import swiglu
 from tests.kernels.operations import draw_experts
 
 LAYOUT = ak.SequenceLayout.packed([2, 1], [3, 2])  # 8 tokens, 2 sequences
@@ -90,3 +91,31 @@ CALLS = [
 def test_a_malformed_call_names_its_argument(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("value", [0.0, 89.0, 200.0, 1e4])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_swiglu_has_finite_gradients_for_any_gate(value, sign):
+    gate_up = torch.tensor([[sign * value, 1.0]], requires_grad=True)
+    swiglu(gate_up).sum().backward()
+    exact = torch.tensor([[sign * value, 1.0]], dtype=torch.float64, requires_grad=True)
+    (torch.nn.functional.silu(exact[:, 0]) * exact[:, 1]).sum().backward()
+    assert torch.allclose(gate_up.grad.double(), exact.grad, atol=1e-6, rtol=1e-6)
+
+
+def test_a_refinement_block_refuses_states_that_are_not_the_layouts():
+    block, layout = ak.RefinementBlock(64), ak.SequenceLayout.packed([3], [5])
+    for shape in ((20, 64), (8, 32), (1, 8, 64)):
+        with pytest.raises(ValueError, match="hidden"):
+            block(torch.zeros(shape), layout)
+    with pytest.raises(ValueError, match="expected a SequenceLayout"):
+        block(torch.zeros(8, 64), None)
+
+
+@pytest.mark.parametrize(
+    ("attention", "response", "name"),
+    [([[0, 0, -1e9]], [[1, 0, 0]], "attention_mask"), ([[1, 1, 1]], [[-100, 7, 8]], "response_mask")],
+)
+def test_additive_masks_and_labels_are_no_masks(attention, response, name):
+    with pytest.raises(ValueError, match=f"{name}: .* came in row 0, expected zeros and ones only"):
+        ak.SequenceLayout.padded(torch.tensor(attention), torch.tensor(response))

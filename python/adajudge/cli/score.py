@@ -53,12 +53,25 @@ def run(args: argparse.Namespace) -> int:
     from adajudge.data import DataFileError, read_rows
 
     try:
+        _refuse_to_overwrite(args.input, args.output)
         reader = read_rows(args.input, keep_ties=True)
         scorer = _load(args)
         return _score(args, reader, scorer)
-    except (DataFileError, FileNotFoundError, ValueError) as error:
+    except (DataFileError, OSError, ValueError) as error:
         print(f"adajudge score: {error}", file=sys.stderr)
         return 2
+
+
+def _refuse_to_overwrite(source: str, target: str) -> None:
+    """The input is not lost: no file that the command writes or removes may be it."""
+    for name in (target, f"{target}.partial", f"{target}.errors.jsonl", f"{target}.errors.jsonl.partial"):
+        if (
+            source != "-"
+            and os.path.exists(name)
+            and os.path.exists(source)
+            and os.path.samefile(source, name)
+        ):
+            raise ValueError(f"--output {target}: the input {source} would be overwritten; name another file")
 
 
 def _load(args: argparse.Namespace) -> Scorer:
@@ -77,6 +90,12 @@ def _load(args: argparse.Namespace) -> Scorer:
         print("judge: the built-in one, which knows only its own small world (see its card); "
               "--model DIR names another", file=sys.stderr)  # fmt: skip
     dtype = getattr(torch, args.dtype) if args.dtype else None
+    if args.device is not None:
+        try:
+            torch.empty(0, device=args.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"--device {args.device} cannot be used: {reason}") from None
     return Scorer.from_pretrained(args.model, device=args.device, dtype=dtype, **options)
 
 
@@ -138,13 +157,16 @@ def _report(args: argparse.Namespace, summary: Summary, scorer: Scorer, error_pa
     if shown:
         summary.print_table(console, _TABLE_ROWS)
     device = next(scorer.model.parameters()).device
-    choice = choose_backend(torch.device(device.type))
+    choice = choose_backend(torch.device(device.type), "pooling")
     card = BUILT_IN_JUDGE / "results.json" if args.model is None else None
     summary.print_figures(console, card)
     console.print(f"backend: {choice.backend} on {device} ({choice.reason})", highlight=False)
     if args.output != "-":
-        console.print(f"written: {args.output}", highlight=False, soft_wrap=True)
+        console.print(f"written: {args.output}", highlight=False, soft_wrap=True, markup=False)
     if summary.errors and error_path is not None:
         console.print(
-            f"not scored: {len(summary.errors)} rows, see {error_path}", style="red", soft_wrap=True
+            f"not scored: {len(summary.errors)} rows, see {error_path}",
+            style="red",
+            soft_wrap=True,
+            markup=False,
         )

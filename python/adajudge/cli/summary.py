@@ -87,7 +87,7 @@ class Summary:
         table = Table(title="accuracy on pairs (chosen above rejected)", title_justify="left", box=None)
         table.add_column("")
         for domain in self.pairs:
-            table.add_column(domain, justify="right")
+            table.add_column(escape(domain), justify="right")
         table.add_column("together", justify="right")
         table.add_row(
             "this judge, these rows",

@@ -93,4 +93,8 @@ def _check_target(target: str) -> str:
     folder = Path(target).parent
     if not folder.is_dir():
         raise DataFileError(f"{target}: the folder {folder} does not exist")
+    if Path(target).is_dir():
+        raise DataFileError(f"{target}: it is a folder; expected the name of a file")
+    if not os.access(folder, os.W_OK):
+        raise DataFileError(f"{target}: the folder {folder} cannot be written to")
     return extension
