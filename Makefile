@@ -27,6 +27,7 @@ demo: $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --durations=5
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=5 tests/kernels -k triton-cpu
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -7,28 +7,43 @@ backend is never silently replaced: where it cannot serve, the call raises and s
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
-__all__ = ["BACKENDS", "Choice", "available_backends", "choose_backend", "unavailable_reason", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "FAMILIES",
+    "SERVED",
+    "Choice",
+    "available_backends",
+    "choose_backend",
+    "unavailable_reason",
+    "use_backend",
+]
 
 logger = logging.getLogger("adajudge_kernels")
 
 ENVIRONMENT_VARIABLE = "ADAJUDGE_BACKEND"
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-# Module inside each operation family (pooling/, experts/, loss/, refinement/) that serves a backend.
-_MODULES = {"reference": "reference"}
+FAMILIES = ("pooling", "refinement", "experts", "loss")
 
-# Process-wide on purpose: worker and autograd threads see it, and torch.compile guards on a module global (it
-# cannot trace a ContextVar), so that a compiled function is recompiled when the forced backend changes.
-_forced: str | None = None
+# The operation families that a backend serves, each by a module of the backend's name in the family's folder.
+SERVED = {"reference": FAMILIES, "triton": ("pooling",)}
+
+_TRITON_FOUND = importlib.util.find_spec("triton") is not None
+_TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # triton reads it when it is imported
+
+# Forced backend by family. Process-wide on purpose: worker and autograd threads see it, and torch.compile guards on a
+# module global (it cannot trace a ContextVar), so that a compiled function is recompiled when it changes.
+_forced: dict[str, str] = {}
 _logged: set[tuple[str, str]] = set()
 
 
@@ -40,12 +55,20 @@ class Choice:
     reason: str
 
 
-def unavailable_reason(backend: str) -> str | None:
-    """Why `backend` cannot be used in this process, or None if it can."""
+def unavailable_reason(backend: str, family: str | None = None) -> str | None:
+    """Why `backend` cannot be used in this process (for operations of `family`), or None if it can."""
     if backend not in BACKENDS:
         return f"unknown backend {backend!r}; the backends are {', '.join(BACKENDS)}"
-    if backend not in _MODULES:
+    if backend not in SERVED:
         return f"this version of adajudge_kernels has no {backend} kernels"
+    if backend == "triton":
+        if not _TRITON_FOUND:
+            return "triton is not installed"
+        if not _TRITON_INTERPRETED and not torch.cuda.is_available():
+            return "torch finds no GPU (with TRITON_INTERPRET=1 triton kernels run on the CPU, slowly)"
+    if family is not None and family not in SERVED[backend]:
+        served = ", ".join(SERVED[backend])
+        return f"it has no kernels for {family}, only for {served}; force it with families=({served!r},)"
     return None
 
 
@@ -55,10 +78,15 @@ def available_backends() -> list[str]:
 
 
 @contextmanager
-def use_backend(backend: str) -> Iterator[None]:
-    """Force `backend` for every operation in the block, in all threads of the process.
+def use_backend(backend: str, families: Collection[str] = FAMILIES) -> Iterator[None]:
+    """Force `backend` for the operations of `families` in the block, in all threads of the process.
 
-    It takes precedence over the environment variable ``ADAJUDGE_BACKEND``.
+    It takes precedence over the environment variable ``ADAJUDGE_BACKEND``. A call that the forced backend cannot
+    serve raises a ValueError.
+
+    Args:
+        backend: one of `available_backends`.
+        families: which operations: ``"pooling"``, ``"refinement"``, ``"experts"``, ``"loss"``; default all.
 
     Raises:
         ValueError: on entry, if `backend` is unknown or cannot be used here; the message says why.
@@ -67,37 +95,52 @@ def use_backend(backend: str) -> Iterator[None]:
     reason = unavailable_reason(backend)
     if reason is not None:
         raise ValueError(f"backend {backend!r} cannot be used: {reason}")
+    unknown = set(families) - set(FAMILIES)
+    if unknown or isinstance(families, str):
+        raise ValueError(f"families: {families!r} came, expected some of {', '.join(FAMILIES)}")
     before = _forced
-    _forced = backend
+    _forced = before | dict.fromkeys(families, backend)
     try:
         yield
     finally:
         _forced = before
 
 
-def choose_backend(device: torch.device) -> Choice:
-    """The backend that serves operations on tensors of `device`.
+def choose_backend(device: torch.device, family: str) -> Choice:
+    """The backend that serves operations of `family` on tensors of `device`.
 
-    Order: `use_backend`, the environment variable, the automatic choice.
+    Order: `use_backend`, the environment variable, the automatic choice: Triton on CUDA where it is installed, else
+    the reference.
 
     Raises:
-        ValueError: a forced backend is unknown or cannot be used.
+        ValueError: a forced backend is unknown or cannot serve the call.
     """
-    if _forced is not None:
-        return Choice(_forced, "forced by use_backend")
+    forced = _forced.get(family)
+    if forced is not None:
+        return Choice(_servable("backend " + repr(forced), forced, device, family), "forced by use_backend")
     # A compiled function keeps what the variable said when it was traced.
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     if named:
-        reason = unavailable_reason(named)
-        if reason is not None:
-            raise ValueError(f"{ENVIRONMENT_VARIABLE}={named}: {reason}")
-        return Choice(named, f"forced by {ENVIRONMENT_VARIABLE}")
-    return Choice("reference", f"no faster backend is built for {device.type} tensors")
+        source = f"{ENVIRONMENT_VARIABLE}={named}"
+        return Choice(_servable(source, named, device, family), f"forced by {ENVIRONMENT_VARIABLE}")
+    if device.type == "cuda" and _TRITON_FOUND and family in SERVED["triton"]:
+        return Choice("triton", "the fastest for cuda tensors")
+    return Choice("reference", f"no faster {family} kernels are here for {device.type} tensors")
+
+
+def _servable(source: str, backend: str, device: torch.device, family: str) -> str:
+    """`backend`, or a ValueError in the name of who forced it."""
+    reason = unavailable_reason(backend, family)
+    if reason is None and backend == "triton" and device.type != "cuda" and not _TRITON_INTERPRETED:
+        reason = f"it serves cuda tensors, and these are on {device.type}"
+    if reason is not None:
+        raise ValueError(f"{source}: {reason}")
+    return backend
 
 
 def load(family: str, backend: str) -> ModuleType:
     """The module that serves the operations of `family` (e.g. ``"pooling"``) under `backend`."""
-    return importlib.import_module(f"adajudge_kernels.{family}.{_MODULES[backend]}")
+    return importlib.import_module(f"adajudge_kernels.{family}.{backend}")
 
 
 def log_once(operation: str, backend: str) -> None:

@@ -11,7 +11,13 @@ import sys
 import torch
 
 from adajudge_kernels._version import __version__
-from adajudge_kernels.backends import BACKENDS, ENVIRONMENT_VARIABLE, choose_backend, unavailable_reason
+from adajudge_kernels.backends import (
+    BACKENDS,
+    ENVIRONMENT_VARIABLE,
+    FAMILIES,
+    choose_backend,
+    unavailable_reason,
+)
 
 _PACKAGES = ("torch", "triton", "transformers", "safetensors", "peft", "accelerate", "flash-attn")
 
@@ -50,11 +56,12 @@ def _choices() -> list[tuple[str, str]]:
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     lines = [(ENVIRONMENT_VARIABLE, named or "not set")]
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
-        try:
-            choice = choose_backend(torch.device(device))
-            lines.append((f"{device} tensors", f"{choice.backend}: {choice.reason}"))
-        except ValueError as error:
-            lines.append((f"{device} tensors", f"calls raise: {error}"))
+        for family in FAMILIES:
+            try:
+                choice = choose_backend(torch.device(device), family)
+                lines.append((f"{family} on {device}", f"{choice.backend}: {choice.reason}"))
+            except ValueError as error:
+                lines.append((f"{family} on {device}", f"calls raise: {error}"))
     return lines
 
 

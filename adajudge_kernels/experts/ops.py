@@ -66,7 +66,7 @@ def gated_expert_combination(
     shapes = ((3, h, d), (3, h), (3, h), (3,), (h_r, 4 * d), (h_r,), (3, h_r), (3,))
     for name, weight, shape in zip(ExpertWeights._fields, weights, shapes, strict=True):
         check_like(f"weights.{name}", weight, shape, last, "last")
-    backend = backends.choose_backend(last.device).backend
+    backend = backends.choose_backend(last.device, "experts").backend
     return CombinedReward(*_experts(last, mean, attention, prompt, list(weights), backend))
 
 

@@ -57,7 +57,7 @@ def focal_bradley_terry_loss(
     check_number("entropy_floor", entropy_floor, 0.0)
     check_number("entropy_weight", entropy_weight, 0.0)
     numbers = [float(x) for x in (gamma, temperature, entropy_floor, entropy_weight)]
-    backend = backends.choose_backend(chosen.device).backend
+    backend = backends.choose_backend(chosen.device, "loss").backend
     return _loss(chosen, rejected, pair_weight, view_weights, *numbers, backend)
 
 

@@ -68,7 +68,7 @@ def depth_gate(hidden: Tensor, weight: Tensor, bias: Tensor, layout: SequenceLay
     depths = weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 2 else MAX_DEPTHS
     check_like("weight", weight, (depths, hidden.shape[1]), hidden, "hidden")
     check_like("bias", bias, (depths,), hidden, "hidden")
-    backend = backends.choose_backend(hidden.device).backend
+    backend = backends.choose_backend(hidden.device, "pooling").backend
     alpha, prompt_mean, _ = _depth_gate(hidden, weight, bias, _tables(layout), layout.max_length, backend)
     return alpha, prompt_mean
 
@@ -210,7 +210,7 @@ def multi_view_pool(
         _tables(layout),
         layout.max_length,
         attention_tokens == "response",
-        backends.choose_backend(states[0].device).backend,
+        backends.choose_backend(states[0].device, "pooling").backend,
     )
     return PooledViews(last, mean, attention)
 
@@ -325,7 +325,7 @@ def masked_mean_pool(hidden: Tensor, layout: SequenceLayout, tokens: str = "resp
     check_layout(layout)
     check_states("hidden", hidden, layout)
     check_choice("tokens", tokens, ("response", "prompt", "all"))
-    backend = backends.choose_backend(hidden.device).backend
+    backend = backends.choose_backend(hidden.device, "pooling").backend
     return _masked_mean_pool(hidden, _tables(layout), layout.max_length, tokens, backend)
 
 
@@ -404,7 +404,7 @@ def attention_pool(
     check_like("weight", weight, (hidden.shape[1],), hidden, "hidden")
     check_like("bias", bias, (1,), hidden, "hidden")
     check_choice("tokens", tokens, ("all", "response"))
-    backend = backends.choose_backend(hidden.device).backend
+    backend = backends.choose_backend(hidden.device, "pooling").backend
     pooled, _ = _attention_pool(
         hidden, weight, bias, _tables(layout), layout.max_length, tokens == "response", backend
     )

@@ -1,11 +1,15 @@
 """Running an operation forward and backward, and the contract's error bound."""
 
+import os
+
 import torch
 
 from tests.kernels.batches import place
 from tests.kernels.operations import over_tokens
 
 ABSOLUTE = 1e-6
+# Triton's interpreter stores bf16 by cutting bits off instead of rounding: an error of one step, not half of one.
+CUT_OFF = 2**-7 if os.environ.get("TRITON_INTERPRET") == "1" else 0.0
 
 
 def cast(inputs, dtype, device="cpu"):
@@ -61,4 +65,6 @@ def assert_within_contract(ours, plain, exact):
         assert error(outputs[i], expected) <= bound, f"output {i}"
     for name, expected in true_gradients.items():
         bound = 2 * error(plain_gradients[name], expected) + ABSOLUTE
+        if over_tokens(name) and gradients[name] is not None and gradients[name].dtype == torch.bfloat16:
+            bound += CUT_OFF * float(expected.abs().max()) if expected.numel() else 0.0
         assert error(gradients[name], expected) <= bound, f"gradient of {name}"

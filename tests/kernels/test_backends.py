@@ -13,7 +13,7 @@ from adajudge_kernels import backends
 
 LAYOUT = ak.SequenceLayout.packed([1], [2])
 CPU = torch.device("cpu")
-missing = [name for name in backends.BACKENDS if name not in ak.available_backends()]
+missing = [name for name in backends.BACKENDS if name not in backends.SERVED]
 
 
 def test_the_reference_is_always_available():
@@ -40,15 +40,15 @@ def test_a_forced_backend_that_is_not_here_raises_and_says_why(name, monkeypatch
 def test_use_backend_wins_over_the_environment(monkeypatch):
     monkeypatch.setenv("ADAJUDGE_BACKEND", "nonsense")
     with ak.use_backend("reference"):
-        assert backends.choose_backend(CPU).reason == "forced by use_backend"
+        assert backends.choose_backend(CPU, "pooling").reason == "forced by use_backend"
     with pytest.raises(ValueError, match="ADAJUDGE_BACKEND=nonsense: unknown backend"):
-        backends.choose_backend(CPU)
+        backends.choose_backend(CPU, "pooling")
 
 
 def test_a_forced_backend_holds_in_other_threads():
     seen = []
     with ak.use_backend("reference"):
-        thread = threading.Thread(target=lambda: seen.append(backends.choose_backend(CPU).reason))
+        thread = threading.Thread(target=lambda: seen.append(backends.choose_backend(CPU, "pooling").reason))
         thread.start()
         thread.join()
     assert seen == ["forced by use_backend"]
@@ -72,7 +72,7 @@ def run_env(**variables):
 def test_the_environment_report_names_versions_backends_and_the_choice():
     report = run_env()
     assert report.returncode == 0
-    for text in (ak.__version__, torch.__version__, *backends.BACKENDS, "cpu tensors"):
+    for text in (ak.__version__, torch.__version__, *backends.BACKENDS, "pooling on cpu"):
         assert text in report.stdout
 
 
@@ -80,3 +80,41 @@ def test_the_environment_report_fails_on_an_unusable_forced_backend():
     report = run_env(ADAJUDGE_BACKEND="nonsense")
     assert report.returncode == 1
     assert "unknown backend 'nonsense'" in report.stdout
+
+
+def test_triton_without_a_gpu_says_so(monkeypatch):
+    monkeypatch.setattr(backends, "_TRITON_INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="torch finds no GPU"), ak.use_backend("triton"):
+        pass
+    monkeypatch.setattr(backends, "_TRITON_FOUND", False)
+    with pytest.raises(ValueError, match="triton is not installed"), ak.use_backend("triton"):
+        pass
+
+
+def test_triton_is_not_silently_replaced(monkeypatch):
+    monkeypatch.setattr(backends, "_TRITON_FOUND", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "_TRITON_INTERPRETED", False)
+    with (
+        ak.use_backend("triton"),
+        pytest.raises(ValueError, match="serves cuda tensors, and these are on cpu"),
+    ):
+        ak.masked_mean_pool(torch.zeros(3, 2), LAYOUT)
+    with ak.use_backend("triton"), pytest.raises(ValueError, match="no kernels for loss, only for pooling"):
+        ak.focal_bradley_terry_loss(torch.zeros(2), torch.zeros(2))
+
+
+def test_a_backend_may_be_forced_for_some_families_only():
+    with ak.use_backend("reference", families=("loss",)):
+        assert backends.choose_backend(CPU, "loss").reason == "forced by use_backend"
+        assert backends.choose_backend(CPU, "pooling").reason != "forced by use_backend"
+    expected = "expected some of pooling, refinement, experts, loss"
+    with pytest.raises(ValueError, match=expected), ak.use_backend("reference", families=("pools",)):
+        pass
+
+
+def test_cuda_tensors_go_to_triton_where_it_is_installed(monkeypatch):
+    for found, backend in ((True, "triton"), (False, "reference")):
+        monkeypatch.setattr(backends, "_TRITON_FOUND", found)
+        assert backends.choose_backend(torch.device("cuda"), "pooling").backend == backend

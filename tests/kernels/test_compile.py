@@ -59,7 +59,7 @@ def test_forcing_another_backend_recompiles(device):
     compiled(states)  # forced by the fixture
     from adajudge_kernels import backends
 
-    forced, backends._forced = backends._forced, None
+    forced, backends._forced = backends._forced, {}
     try:
         compiled(states)
     finally:
@@ -124,7 +124,8 @@ OPERATORS = {
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(name, dtype, device):
-    backend = ak.backends.choose_backend(device).backend
+    family = "loss" if name.endswith("loss") else "pooling"
+    backend = ak.backends.choose_backend(device, family).backend
     layout, _ = RAGGED.lay_out("shared", device)
     args = OPERATORS[name](*arguments(layout, 5, device, dtype), layout, (backend,))
     args = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), args)
@@ -132,7 +133,7 @@ def test_opcheck(name, dtype, device):
 
 
 def test_opcheck_of_the_experts(device):
-    backend = ak.backends.choose_backend(device).backend
+    backend = ak.backends.choose_backend(device, "experts").backend
     drawn = [x.float().to(device).requires_grad_() for x in ROWWISE[0][1](3).values()]
     args = (*drawn[:4], drawn[4:], backend)
     torch.library.opcheck(torch.ops.adajudge.gated_expert_combination.default, args)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import adajudge_kernels as ak
 from tests.kernels.batches import LAYOUTS, LONG, RAGGED, Batch, batches, place
 from tests.kernels.comparison import assert_within_contract, cast, run_operation, run_truth, weighted_sum
+from tests.kernels.conftest import INTERPRETED
 from tests.kernels.naive import Sequence
 from tests.kernels.operations import (
     POOLING,
@@ -25,7 +26,10 @@ rowwise = pytest.mark.parametrize(("name", "draw", "call", "truth"), ROWWISE, id
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 layouts = pytest.mark.parametrize("kind", LAYOUTS)
 generated = settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
+    max_examples=4 if INTERPRETED else 12,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    database=None,
 )
 
 

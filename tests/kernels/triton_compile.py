@@ -1,0 +1,118 @@
+"""What the Triton backend would launch, recorded without a GPU, and compiled for real for any architecture."""
+
+import re
+import subprocess
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+NVIDIA = {arch: GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)}
+AMD = {"gfx942": GPUTarget("hip", "gfx942", 64)}
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # bytes a block may use
+
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
+}
+_OPTIONS = ("num_warps", "num_stages")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with the types of its arguments, its constants and its options: what a compilation depends on."""
+
+    kernel: JITFunction
+    signature: tuple
+    constants: tuple
+    options: tuple
+
+    @property
+    def name(self):
+        return self.kernel.fn.__name__
+
+
+@contextmanager
+def recorded_launches():
+    """Collect the distinct launches made in the block instead of running them."""
+    found = {}
+
+    def launcher(kernel, grid):
+        def record(*args, **kwargs):
+            options = tuple((k, kwargs.pop(k)) for k in _OPTIONS if k in kwargs)
+            signature = tuple(_type(x) for x in args)
+            launch = Launch(kernel, signature, tuple(kwargs.items()), options)
+            found[launch] = launch
+
+        return record
+
+    with mock.patch.object(JITFunction, "__getitem__", launcher):
+        yield found
+
+
+def _type(x):
+    if isinstance(x, tuple):
+        return tuple(_type(y) for y in x)
+    return _POINTERS[x.dtype] if isinstance(x, torch.Tensor) else "i32"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compilation came to."""
+
+    registers: int
+    stack: int  # bytes per thread; 0 means that nothing was spilled
+    shared: int  # bytes per block
+    assembly: str
+
+    @property
+    def sixteen_byte_loads(self):
+        """How many load instructions of the PTX fetch 16 bytes a thread."""
+        return len(
+            re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|ld\.global\S*\.v4\.f32", self.assembly)
+        )
+
+
+def compile_launch(launch, target):
+    """The compilation of a launch for a target; pointers lie on 16-byte boundaries, as the launcher makes sure."""
+    names = launch.kernel.arg_names
+    positional = names[: len(launch.signature)]
+    constants = dict(launch.constants)
+    signature = dict(zip(positional, launch.signature, strict=True)) | dict.fromkeys(constants, "constexpr")
+    attributes = {}
+    for i, kind in enumerate(launch.signature):
+        paths = [(i, j) for j in range(len(kind))] if isinstance(kind, tuple) else [(i,)]
+        if kind != "i32":
+            attributes |= {path: [["tt.divisibility", 16]] for path in paths}
+    source = ASTSource(
+        launch.kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs=attributes,
+    )
+    kernel = triton.compile(source, target=target, options=dict(launch.options))
+    if target.backend != "cuda":
+        return Compiled(0, 0, kernel.metadata.shared, kernel.asm["amdgcn"])
+    registers, stack = _resources(kernel.asm["cubin"])
+    return Compiled(registers, stack, kernel.metadata.shared, kernel.asm["ptx"])
+
+
+def _resources(cubin):
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
