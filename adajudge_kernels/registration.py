@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 from torch.library import CustomOpDef, custom_op
 
 from adajudge_kernels import backends
@@ -20,6 +21,11 @@ from adajudge_kernels import backends
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     """What pooled views, scores and rewards come in: fp32, or fp64 for fp64 states."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def fresh(x: Tensor) -> Tensor:
+    """For fakes: a contiguous tensor like `x`, as the gradients come; ``empty_like`` would keep strange strides."""
+    return x.new_empty(x.shape)
 
 
 def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], CustomOpDef]:

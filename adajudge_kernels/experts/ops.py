@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from adajudge_kernels import backends
 from adajudge_kernels.arguments import check_float, check_like
-from adajudge_kernels.registration import arithmetic_dtype, operator
+from adajudge_kernels.registration import arithmetic_dtype, fresh, operator
 
 __all__ = ["CombinedReward", "ExpertWeights", "gated_expert_combination"]
 
@@ -85,7 +84,7 @@ def _experts(
 
 
 def _experts_backward_fake(grads: list[Tensor], views: list[Tensor], *rest: Any) -> list[Tensor]:
-    return [torch.empty_like(x) for x in (*views, *rest[0])]
+    return [fresh(x) for x in (*views, *rest[0])]
 
 
 @operator("gated_expert_combination_backward", _experts_backward_fake)

@@ -88,7 +88,7 @@ def gated_expert_combination_backward(
         dlogits.sum(dim=0),
     ]
     given = [last, mean, attention, prompt, *weights]
-    return [grad.to(x.dtype) for grad, x in zip([*dviews, *dweights], given, strict=True)]
+    return [grad.to(x.dtype).contiguous() for grad, x in zip([*dviews, *dweights], given, strict=True)]
 
 
 def silu_derivative(x: Tensor) -> Tensor:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from adajudge_kernels import backends
 from adajudge_kernels.arguments import check_float, check_like, check_number
-from adajudge_kernels.registration import arithmetic_dtype, operator
+from adajudge_kernels.registration import arithmetic_dtype, fresh, operator
 
 __all__ = ["focal_bradley_terry_loss"]
 
@@ -92,10 +91,9 @@ def _loss_backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = arithmetic_dtype(chosen.dtype)
     optional = [
-        chosen.new_empty(0, dtype=dtype) if x is None else torch.empty_like(x)
-        for x in (pair_weight, view_weights)
+        chosen.new_empty(0, dtype=dtype) if x is None else fresh(x) for x in (pair_weight, view_weights)
     ]
-    return torch.empty_like(chosen), torch.empty_like(rejected), optional[0], optional[1]
+    return fresh(chosen), fresh(rejected), optional[0], optional[1]
 
 
 @operator("focal_bradley_terry_loss_backward", _loss_backward_fake)

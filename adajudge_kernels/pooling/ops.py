@@ -11,7 +11,7 @@ from torch import Tensor
 from adajudge_kernels import backends
 from adajudge_kernels.arguments import MAX_DEPTHS, check_choice, check_layout, check_like, check_states
 from adajudge_kernels.layout import LayoutTables, SequenceLayout
-from adajudge_kernels.registration import arithmetic_dtype, operator
+from adajudge_kernels.registration import arithmetic_dtype, fresh, operator
 
 __all__ = ["PooledViews", "attention_pool", "depth_gate", "masked_mean_pool", "multi_view_pool"]
 
@@ -112,7 +112,7 @@ def _depth_gate_backward_fake(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden = weight.new_empty(tables[0].shape[0], weight.shape[1], dtype=hidden_dtype)
-    return hidden, torch.empty_like(weight), torch.empty_like(bias)
+    return hidden, fresh(weight), fresh(bias)
 
 
 @operator("depth_gate_backward", _depth_gate_backward_fake)
@@ -251,7 +251,7 @@ def _multi_view_pool_backward_fake(
     attention_bias: Tensor,
     *_: Any,
 ) -> list[Tensor]:
-    return [torch.empty_like(x) for x in (*states, depth_weights, attention_weight, attention_bias)]
+    return [fresh(x) for x in (*states, depth_weights, attention_weight, attention_bias)]
 
 
 @operator("multi_view_pool_backward", _multi_view_pool_backward_fake)
@@ -436,7 +436,7 @@ def _attention_pool(
 def _attention_pool_backward_fake(
     grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(hidden), torch.empty_like(weight), torch.empty_like(bias)
+    return fresh(hidden), fresh(weight), fresh(bias)
 
 
 @operator("attention_pool_backward", _attention_pool_backward_fake)

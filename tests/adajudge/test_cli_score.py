@@ -218,3 +218,11 @@ def test_brackets_in_names_are_not_markup(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "[/x]" in shown
     assert "out[a].jsonl" in shown
+
+
+def test_parquet_keeps_the_scores_of_rows_of_every_kind(tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", GOOD, PAIR)
+    assert main(["score", source, "--output", str(tmp_path / "out.parquet")]) == 0
+    single, pair = pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert single["reward"] is not None
+    assert pair["margin"] is not None

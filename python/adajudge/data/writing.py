@@ -78,7 +78,10 @@ class RecordWriter:
         import pyarrow
         import pyarrow.parquet
 
-        table = pyarrow.Table.from_pylist([dict(record) for record in self._held])
+        columns = dict.fromkeys(name for record in self._held for name in record)  # rows of every kind
+        table = pyarrow.Table.from_pylist(
+            [{name: record.get(name) for name in columns} for record in self._held]
+        )
         pyarrow.parquet.write_table(table, self._partial)
 
 
