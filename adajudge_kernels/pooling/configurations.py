@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-WIDEST_ROW = 8192
-"""Features that one program can hold whole, with the running sums beside them."""
+WIDEST_ROW = {"scan": 8192, "scan_backward": 4096}
+"""Features that one program can hold whole, with the running sums beside them, in its registers: wider rows spill. The
+other kernels need no whole row."""
 
 COMBINED_CHUNKS = 16
 """Chunks that a combining program loads at once."""
@@ -30,8 +31,7 @@ class Tile(NamedTuple):
 def tile(kernel: str, d: int, depths: int, dtype: torch.dtype) -> Tile:
     """The configuration of `kernel` for rows of `d` features, K = `depths`, states of `dtype`."""
     row = max(16, 1 << (d - 1).bit_length())
-    whole = kernel in ("scan", "scan_backward") and d <= WIDEST_ROW
-    block = row if whole else min(row, 1024)
+    block = row if d <= WIDEST_ROW.get(kernel, 0) else min(row, 1024)
     if os.environ.get("TRITON_INTERPRET") == "1":
         return Tile(64, block, 4)  # the interpreter's cost is the number of steps
     if kernel == "scan_backward":
@@ -41,4 +41,5 @@ def tile(kernel: str, d: int, depths: int, dtype: torch.dtype) -> Tile:
     else:
         tokens = max(1, 4096 // block)
     tokens = min(tokens, 16)
-    return Tile(tokens, block, min(16, max(4, tokens * block // 512)))
+    per_thread = 8 if kernel == "scan_backward" and depths > 4 else 16  # more states, more registers an element
+    return Tile(tokens, block, min(16, max(4, tokens * block // (32 * per_thread))))

@@ -1,8 +1,8 @@
 """The pooling operations on Triton kernels: what is launched, in which order, with which scratch memory.
 
 Scratch is two fp32 numbers per chunk of `CHUNK_TOKENS` tokens and feature in the forward (2 / 64 of a state's numbers),
-one in the backward. Rows wider than `WIDEST_ROW` do not fit a program's registers: their logits are computed first, and
-the states are read twice.
+one in the backward. Rows wider than the kernel's `WIDEST_ROW` do not fit a program's registers: their logits are
+computed first, and the states are read twice.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def _views_forward(
     log_sum_exp = states[0].new_empty(batch, dtype=acc)
     if not batch:
         return last, mean, attention, log_sum_exp
-    wide = d > WIDEST_ROW
+    wide = d > WIDEST_ROW["scan"]
     plan = tile("scan", d, len(states), states[0].dtype)
     weighted = states[0].new_empty(chunks, d, dtype=acc)
     sums = states[0].new_empty(chunks, d, dtype=acc) if all_views else weighted
@@ -249,7 +249,7 @@ def _views_backward(
         return [torch.zeros_like(x) for x in states], dalpha, weight.new_zeros(d, dtype=acc)
     dstates = [torch.empty_like(x) for x in states]
     shared = tables.groups.shape[0] != batch
-    wide = d > WIDEST_ROW
+    wide = d > WIDEST_ROW["scan_backward"]
     plan = tile("scan_backward", d, depths, states[0].dtype)
     blocks = triton.cdiv(d, plan.block)
     constants = {"D": d, "K": depths, "WEIGHTED": all_views}

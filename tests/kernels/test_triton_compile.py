@@ -17,7 +17,7 @@ ROWS = [
     (4096, 3, torch.bfloat16),
     (1024, 2, torch.float32),
     (8192, 3, torch.bfloat16),
-    (16384, 3, torch.bfloat16),
+    (16384, 8, torch.bfloat16),
 ]
 EVERYWHERE = ROWS[0]
 
