@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from adajudge_kernels.layout import SequenceLayout
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_DEPTHS = 8
 MAX_FEATURES = 16384
+MAX_WIDTH = 1 << 20  # of hidden layers
 
 
 def check_layout(layout: object) -> None:
@@ -75,11 +77,23 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: {value!r} came, expected one of {', '.join(map(repr, choices))}")
 
 
+def check_depths(name: str, depths: int) -> None:
+    """The number of refinement blocks is 1 to 8."""
+    if not 1 <= depths <= MAX_DEPTHS:
+        raise ValueError(f"{name}: {depths} depths came, expected 1 to {MAX_DEPTHS}")
+
+
+def check_size(name: str, value: object, most: int) -> None:
+    """`value` is an integer from 1 to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ValueError(f"{name}: {value!r} came, expected an integer from 1 to {most}")
+
+
 def check_number(name: str, value: object, low: float, inclusive: bool = True) -> None:
     """`value` is a finite number, at least (or above) `low`."""
     word = "at least" if inclusive else "above"
     # Compared rather than math.isfinite: torch.compile traces this.
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not -math.inf < value < math.inf:
         raise ValueError(f"{name}: {value!r} came, expected a finite number {word} {low}")
     if value < low or (value == low and not inclusive):
         raise ValueError(f"{name}: {value!r} came, expected a number {word} {low}")

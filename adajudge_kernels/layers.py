@@ -13,10 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from adajudge_kernels.arguments import check_layout, check_like, check_states
+from adajudge_kernels.arguments import (
+    MAX_DEPTHS,
+    MAX_FEATURES,
+    MAX_WIDTH,
+    check_choice,
+    check_layout,
+    check_like,
+    check_size,
+    check_states,
+)
 from adajudge_kernels.experts.ops import CombinedReward, ExpertWeights, gated_expert_combination
 from adajudge_kernels.layout import SequenceLayout, TokenRole
-from adajudge_kernels.pooling.ops import PooledViews, check_depths, depth_gate, multi_view_pool
+from adajudge_kernels.pooling.ops import PooledViews, depth_gate, multi_view_pool
 from adajudge_kernels.refinement.ops import residual_rms_norm, sequence_attention, swiglu
 
 __all__ = [
@@ -47,7 +56,8 @@ class DepthGate(nn.Module):
 
     def __init__(self, hidden_size: int, num_blocks: int) -> None:
         super().__init__()
-        check_depths("num_blocks", num_blocks)
+        check_size("hidden_size", hidden_size, MAX_FEATURES)
+        check_size("num_blocks", num_blocks, MAX_DEPTHS)
         self.weight = nn.Parameter(torch.zeros(num_blocks, hidden_size))
         self.bias = nn.Parameter(torch.zeros(num_blocks))
 
@@ -84,10 +94,13 @@ class RefinementBlock(nn.Module):
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
+        check_size("hidden_size", hidden_size, MAX_FEATURES)
         heads = default_num_heads(hidden_size) if num_heads is None else num_heads
-        if heads < 1 or hidden_size % heads:
+        check_size("num_heads", heads, hidden_size)
+        if hidden_size % heads:
             raise ValueError(f"num_heads: {heads} came, expected a divisor of hidden_size {hidden_size}")
         width = hidden_size if intermediate_size is None else intermediate_size
+        check_size("intermediate_size", width, MAX_WIDTH)
         self.num_heads, self.causal, self.eps = heads, causal, eps
         self.attention_norm = nn.Parameter(torch.ones(hidden_size))
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
@@ -172,8 +185,8 @@ class MultiViewPooling(nn.Module):
 
     def __init__(self, hidden_size: int, attention_tokens: str = "all") -> None:
         super().__init__()
-        if attention_tokens not in ("all", "response"):
-            raise ValueError(f"attention_tokens: {attention_tokens!r} came, expected 'all' or 'response'")
+        check_size("hidden_size", hidden_size, MAX_FEATURES)
+        check_choice("attention_tokens", attention_tokens, ("all", "response"))
         self.attention_tokens = attention_tokens
         self.attention_weight = nn.Parameter(torch.zeros(hidden_size))
         self.attention_bias = nn.Parameter(torch.zeros(1))
@@ -200,6 +213,9 @@ class ExpertCombination(nn.Module):
         self, hidden_size: int, expert_hidden_size: int = 256, router_hidden_size: int = 256
     ) -> None:
         super().__init__()
+        check_size("hidden_size", hidden_size, MAX_FEATURES)
+        check_size("expert_hidden_size", expert_hidden_size, MAX_WIDTH)
+        check_size("router_hidden_size", router_hidden_size, MAX_WIDTH)
         d, h, h_r = hidden_size, expert_hidden_size, router_hidden_size
         self.view_in_weight = nn.Parameter(torch.empty(3, h, d))
         self.view_in_bias = nn.Parameter(torch.empty(3, h))
@@ -277,17 +293,16 @@ class AdaJudgeHead(nn.Module):
             ValueError: hidden does not fit the layout or the head; or a prompt-shared layout with a
                 bidirectional head.
         """
-        if hidden.dim() == 3:
+        check_layout(layout)
+        if isinstance(hidden, Tensor) and hidden.dim() == 3:
             if tuple(hidden.shape[:2]) != layout.padded_shape:
                 raise ValueError(
                     f"hidden: shape {tuple(hidden.shape)} came, expected [B, L, d] with a padded layout of that "
                     f"B and L; this layout's (B, L) is {layout.padded_shape}"
                 )
             hidden = hidden.flatten(0, 1)
-        if hidden.dim() != 2 or hidden.shape != (layout.num_tokens, self.hidden_size):
-            raise ValueError(
-                f"hidden: shape {tuple(hidden.shape)} came, expected [{layout.num_tokens}, {self.hidden_size}]"
-            )
+        check_states("hidden", hidden, layout)
+        check_like("hidden", hidden, (layout.num_tokens, self.hidden_size), hidden, "hidden")
         kept, layout = layout.without_padding()
         if kept is not None:
             hidden = hidden[kept]

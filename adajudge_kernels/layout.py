@@ -106,14 +106,14 @@ class SequenceLayout:
         """Layout of a padded batch: states are the ``[B*L, d]`` view of ``[B, L, d]``.
 
         Args:
-            attention_mask: ``[B, L]`` bool, integer or float, zeros and ones; one marks a token of the sequence. The tokens
-                of a row are one unbroken run (padding left, right or on both sides).
-            response_mask: ``[B, L]``, zeros and ones; one marks a response token, in any pattern (several turns). What it
-                says of padding does not matter.
+            attention_mask: ``[B, L]`` bool, integer or float, zeros and ones; one marks a token of the
+                sequence. The tokens of a row are one unbroken run (padding left, right or on both sides).
+            response_mask: ``[B, L]``, zeros and ones; one marks a response token, in any pattern (several turns).
+                What it says of padding does not matter.
 
         Raises:
-            ValueError: shapes differ or are not ``[B, L]``; a mask has other values; a row has a gap; a sequence has no
-                response token.
+            ValueError: shapes differ or are not ``[B, L]``; a mask has other values; a row has a gap; a
+                sequence has no response token.
         """
         _check_mask("attention_mask", attention_mask)
         _check_mask("response_mask", response_mask)
@@ -125,9 +125,7 @@ class SequenceLayout:
         device = attention_mask.device
         _check_zeros_and_ones("attention_mask", attention_mask)
         _check_zeros_and_ones("response_mask", response_mask)
-        real = (
-            attention_mask.detach().cpu() != 0
-        )  # the one synchronisation: layouts are described on the host
+        real = attention_mask.detach().cpu() != 0  # synchronises: layouts are described on the host
         response = (response_mask.detach().cpu() != 0) & real
         batch, length = real.shape
         _check_token_count(batch * length)
@@ -236,6 +234,10 @@ class SequenceLayout:
         """
         device = _device_of(prompt_lengths, device)
         prompts = _lengths("prompt_lengths", prompt_lengths)
+        if not isinstance(response_lengths, Sequence) or isinstance(response_lengths, str):
+            raise ValueError(
+                f"response_lengths: {type(response_lengths).__name__} came, expected one list per prompt"
+            )
         per_prompt = [
             _lengths(f"response_lengths[{i}]", lengths) for i, lengths in enumerate(response_lengths)
         ]
@@ -406,7 +408,10 @@ def _device_of(lengths: object, device: torch.device | str | None) -> torch.devi
 
 
 def _lengths(name: str, values: Sequence[int] | Tensor) -> Tensor:
-    tensor = torch.as_tensor(values).detach().cpu()
+    try:
+        tensor = torch.as_tensor(values).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name}: {values!r} came, expected integers of shape [N]") from None
     if tensor.numel() == 0:
         tensor = tensor.long()
     if tensor.dim() != 1 or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:

@@ -34,10 +34,15 @@ def sum_features(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``x W^T``: ``[B, n], [m, n] -> [B, m]``, each row's bits independent of the other rows.
+    """``x W^T``: ``[B, n], [m, n] -> [B, m]``, each row's bits independent of the other rows."""
+    rows = max(
+        1, _HELD // (weight.shape[0] * min(_LANES, x.shape[1]))
+    )  # what is summed up stays in the cache
+    return torch.cat([_linear(part, weight) for part in x.split(rows)])
 
-    Partial sums run down `_LANES` columns at a time, then across the lanes.
-    """
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Partial sums run down `_LANES` columns at a time, then across the lanes."""
     rows, n = x.shape
     lanes = x.new_zeros(rows, weight.shape[0], min(_LANES, n))
     for begin in range(0, n, _LANES):
@@ -50,7 +55,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return sum_features(lanes)
 
 
-_LANES = 64  # a multiple of every vector width; partial sums of [B, m, 64] stay small beside the weights
+_LANES = 64  # a multiple of every vector width
+_HELD = 1 << 18  # partial sums at once
 
 
 def silu(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,8 @@ from adajudge_kernels.arguments import check_float, check_like, check_number
 from adajudge_kernels.registration import arithmetic_dtype, fresh, operator
 
 __all__ = ["focal_bradley_terry_loss"]
+
+_MOST_ENTROPY = math.log(3) + 1e-6  # of three view weights; ln 3 may come rounded up
 
 
 def focal_bradley_terry_loss(
@@ -33,9 +36,10 @@ def focal_bradley_terry_loss(
         chosen, rejected: rewards r+ and r-, ``[N]``.
         gamma: focusing exponent, at least 0.
         temperature: tau_bt, above 0.
-        pair_weight: w, ``[N]``; default all ones. The mean divides by N, not by the sum of w.
+        pair_weight: w, ``[N]``, not negative (not checked: that would wait for the device); default all ones. The
+            mean divides by N, not by the sum of w.
         view_weights: pi of every sequence on both sides, ``[N', 3]``; default: no entropy term.
-        entropy_floor: eta in nats (at most ln 3 can be reached).
+        entropy_floor: eta in nats, at most ln 3, which is the entropy of three equal weights.
         entropy_weight: lambda, at least 0.
 
     Returns:
@@ -55,6 +59,10 @@ def focal_bradley_terry_loss(
     check_number("temperature", temperature, 0.0, inclusive=False)
     check_number("entropy_floor", entropy_floor, 0.0)
     check_number("entropy_weight", entropy_weight, 0.0)
+    if entropy_floor > _MOST_ENTROPY:
+        raise ValueError(
+            f"entropy_floor: {entropy_floor} came, expected at most ln 3 = {math.log(3):.4f} nats"
+        )
     numbers = [float(x) for x in (gamma, temperature, entropy_floor, entropy_weight)]
     backend = backends.choose_backend(chosen.device, "loss").backend
     return _loss(chosen, rejected, pair_weight, view_weights, *numbers, backend)

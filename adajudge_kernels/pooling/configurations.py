@@ -41,5 +41,7 @@ def tile(kernel: str, d: int, depths: int, dtype: torch.dtype) -> Tile:
     else:
         tokens = max(1, 4096 // block)
     tokens = min(tokens, 16)
-    per_thread = 8 if kernel == "scan_backward" and depths > 4 else 16  # more states, more registers an element
+    per_thread = (
+        8 if kernel == "scan_backward" and depths > 4 else 16
+    )  # more states, more registers an element
     return Tile(tokens, block, min(16, max(4, tokens * block // (32 * per_thread))))

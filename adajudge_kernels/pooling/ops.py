@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from adajudge_kernels import backends
-from adajudge_kernels.arguments import MAX_DEPTHS, check_choice, check_layout, check_like, check_states
+from adajudge_kernels.arguments import (
+    MAX_DEPTHS,
+    check_choice,
+    check_depths,
+    check_layout,
+    check_like,
+    check_states,
+)
 from adajudge_kernels.layout import LayoutTables, SequenceLayout
 from adajudge_kernels.registration import arithmetic_dtype, fresh, operator
 
@@ -71,12 +78,6 @@ def depth_gate(hidden: Tensor, weight: Tensor, bias: Tensor, layout: SequenceLay
     backend = backends.choose_backend(hidden.device, "pooling").backend
     alpha, prompt_mean, _ = _depth_gate(hidden, weight, bias, _tables(layout), layout.max_length, backend)
     return alpha, prompt_mean
-
-
-def check_depths(name: str, depths: int) -> None:
-    """The number of refinement blocks is 1 to 8."""
-    if not 1 <= depths <= MAX_DEPTHS:
-        raise ValueError(f"{name}: {depths} depths came, expected 1 to {MAX_DEPTHS}")
 
 
 def _depth_gate_fake(

@@ -28,6 +28,8 @@ class AdaJudgeConfig(PreTrainedConfig):
         attention_tokens: what the attention view sees, ``"all"`` tokens or the ``"response"``.
         turn_boundary: `adajudge.data.TurnBoundary`, or the same as a dict: the token ids between which the last
             assistant turn lies, for callers that pass no response mask. None: such calls are refused.
+        unknown_word_limit: share of words unknown to the tokenizer above which `adajudge.Scorer` refuses a row; for
+            judges of a small vocabulary. None: every row is scored.
         pad_token_id: kept for callers that ask for it; nothing depends on it, padding is known by its mask.
         problem_type: always ``"regression"``: the logit is the reward, nothing is put on it.
 
@@ -48,6 +50,7 @@ class AdaJudgeConfig(PreTrainedConfig):
     causal_refinement: bool = True
     attention_tokens: str = "all"
     turn_boundary: dict[str, Any] | TurnBoundary | None = None
+    unknown_word_limit: float | None = None
     pad_token_id: int | None = None
     problem_type: str | None = "regression"
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
@@ -145,9 +147,11 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
                 raise ValueError(
                     f"{backbone}: a judge is there, expected a bare backbone; use from_pretrained"
                 )
-            backbone, info = AutoModel.from_pretrained(
-                backbone, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
-            )
+            options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # for a report of our own
+            with _reading(backbone):
+                backbone, info = AutoModel.from_pretrained(
+                    backbone, dtype=dtype or "auto", output_loading_info=True, **options
+                )
             # Weights of an LM head are not expected, and may be there.
             _check_complete(str(backbone.config._name_or_path), info, ("missing_keys", "mismatched_keys"))
         if backbone.get_output_embeddings() is not None:
@@ -184,12 +188,13 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
                     f"{name}: a {kind!r} model is there, expected a saved judge ('adajudge'). For a backbone "
                     "without a trained head use AdaJudgeForSequenceClassification.from_backbone"
                 )
-        options["use_safetensors"] = True
+        options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # for a report of our own
         want_info = options.pop("output_loading_info", False)
         # The Auto classes name an adapter this way. It is loaded afterwards: transformers would report its keys only.
         adapter_options = dict(options.pop("adapter_kwargs", None) or {})
         adapter = adapter_options.pop("_adapter_model_path", None)
-        model, info = super().from_pretrained(name, *args, output_loading_info=True, **options)
+        with _reading(name):
+            model, info = super().from_pretrained(name, *args, output_loading_info=True, **options)
         _check_complete(str(name), info, ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"))
         if adapter is not None:
             model.load_adapter(adapter, adapter_kwargs=adapter_options)
@@ -223,9 +228,11 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
 
         Args:
             input_ids: ``[B, L]``; with `layout` ``[1, T]`` or ``[T]``.
-            attention_mask: ``[B, L]``, padding on either side; default: no padding. Not with `layout`.
+            attention_mask: ``[B, L]``, padding on either side; default: no padding, and then none may be there.
+                Not with `layout`.
             response_mask: ``[B, L]``, nonzero for response tokens; default: from the last assistant header
-                (`config.turn_boundary`). A given mask always wins. Not with `layout`.
+                (`config.turn_boundary`), and what the chat template put behind the turn's terminator is not
+                read. A given mask always wins. Not with `layout`.
             position_ids: ``[B, L]``; default: counted from each sequence's first token. Not with `layout`.
             inputs_embeds: in place of `input_ids`, with one dimension d more; then a response mask or a layout
                 is needed.
@@ -236,8 +243,8 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
             options: passed to the backbone.
 
         Raises:
-            ValueError: the response cannot be told from the prompt, shapes do not fit, a sequence is longer
-                than the backbone's positions, or the backbone cannot serve the layout.
+            ValueError: the response cannot be told from the prompt, there is padding but no mask of it, shapes do
+                not fit, a sequence is longer than the backbone's positions, or the backbone cannot serve the layout.
         """
         if labels is not None:
             raise ValueError(
@@ -284,6 +291,8 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
         assert given is not None
         shape, device = given.shape[:2], given.device
         if attention_mask is None:
+            if input_ids is not None:
+                self._check_unpadded(input_ids)
             attention_mask = torch.ones(shape, dtype=torch.long, device=device)
         if response_mask is None:
             if self.config.turn_boundary is None or input_ids is None:
@@ -294,6 +303,8 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
             assert isinstance(self.config.turn_boundary, Mapping)
             boundary = TurnBoundary.from_dict(self.config.turn_boundary)
             response_mask = response_mask_from_header(input_ids, attention_mask, boundary)
+            behind = response_mask.flip(1).cumsum(1).flip(1) == 0
+            attention_mask = attention_mask.masked_fill(behind, 0)
         layout = SequenceLayout.padded(attention_mask, response_mask).to(device)
         if layout.padded_shape != tuple(shape):
             raise ValueError(
@@ -320,6 +331,23 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
             "position_ids": torch.where(real, position_ids, 0),
         }
         return batch, layout
+
+    def _check_unpadded(self, input_ids: Tensor) -> None:
+        """Without a mask every token counts. A pad token at the edge of a row says that this is not meant."""
+        text = self.config.get_text_config(decoder=True)
+        pad = text.pad_token_id if self.config.pad_token_id is None else self.config.pad_token_id
+        if pad is None:
+            return
+        boundary = self.config.turn_boundary if isinstance(self.config.turn_boundary, Mapping) else {}
+        double = pad in (text.bos_token_id, text.eos_token_id, *boundary.get("turn_end_ids", ()))
+        edge = 2 if double else 1  # one of them may be a sequence's own beginning or end
+        is_pad = input_ids == pad
+        padded = is_pad[:, :edge].all(dim=1) | is_pad[:, -edge:].all(dim=1)
+        if bool(padded.any()):
+            raise ValueError(
+                f"attention_mask: none came, but row {int(padded.nonzero()[0])} begins or ends with the pad token "
+                f"{pad}; pass the mask, or every token counts"
+            )
 
     def _flat(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, layout: SequenceLayout
@@ -388,6 +416,15 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
         if packed:
             options = options | flash_arguments(self.backbone.config.get_text_config(decoder=True), lengths)
         return self.backbone(**batch, use_cache=False, **options).last_hidden_state.flatten(0, 1)
+
+
+@contextmanager
+def _reading(name: Any) -> Iterator[None]:
+    """A broken weight file is a ValueError that names its folder."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{name}: its weights cannot be read, the file is broken: {error}") from error
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

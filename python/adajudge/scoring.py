@@ -9,21 +9,28 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from adajudge.data import ConversationEncoder, EncodedRow, EncodingError, Message, Row, RowError, pad_rows
+from adajudge.data import (
+    ConversationEncoder,
+    EncodedRow,
+    EncodingError,
+    Message,
+    Row,
+    RowError,
+    load_tokenizer,
+    pad_rows,
+    parse_row,
+)
 from adajudge.modeling import AdaJudgeForSequenceClassification
 
 BUILT_IN_JUDGE = Path(__file__).parent / "builtin" / "judge"
-
-# More unknown words than this, and the built-in judge says so instead of scoring: it knows a few hundred words.
-BUILT_IN_UNKNOWN_LIMIT = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +45,7 @@ class Score:
     response_tokens: int
     truncated: bool
     unknown_share: float
+    holds_control_tokens: bool  # in the text itself: it may pretend to turns that nobody took
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +97,8 @@ class Scorer:
         token_budget: padded tokens of a batch. A single longer sequence is a batch of its own.
         window: rows read ahead. Bounds the memory, and what can be sorted together.
         truncate_response: cut a response that does not fit instead of refusing it (flagged).
-        unknown_limit: share of unknown words above which a row is refused; None scores every row.
+        unknown_limit: share of unknown words above which a row is refused; default the judge's own
+            (`AdaJudgeConfig.unknown_word_limit`), 1 scores every row.
     """
 
     def __init__(
@@ -113,7 +122,8 @@ class Scorer:
         self.encoder = ConversationEncoder(
             tokenizer, limit if max_length is None else max_length, truncate_response=truncate_response
         )
-        self.token_budget, self.window, self.unknown_limit = token_budget, window, unknown_limit
+        self.token_budget, self.window = token_budget, window
+        self.unknown_limit = model.config.unknown_word_limit if unknown_limit is None else unknown_limit
         self.tokens_scored = 0
 
     @classmethod
@@ -134,9 +144,7 @@ class Scorer:
             dtype: of the weights; default fp32 on the CPU, as saved elsewhere.
             options: as of `Scorer`.
         """
-        if path is None:
-            path = BUILT_IN_JUDGE
-            options.setdefault("unknown_limit", BUILT_IN_UNKNOWN_LIMIT)
+        path = BUILT_IN_JUDGE if path is None else path
         if not (Path(path) / "config.json").is_file():
             raise FileNotFoundError(f"{path}: no config.json there; expected a folder with a saved judge")
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -148,11 +156,17 @@ class Scorer:
             model = load_judge(path, dtype=dtype)
         else:
             model = AdaJudgeForSequenceClassification.from_pretrained(str(path), dtype=dtype or "auto")
-        return cls(model.to(device), AutoTokenizer.from_pretrained(str(path)), **options)
+        return cls(model.to(device), load_tokenizer(path), **options)
 
-    def score(self, rows: Iterable[Row | RowError]) -> Iterator[ScoredRow | RowError]:
-        """One result per row, in order; errors among the rows pass through."""
-        iterator = iter(rows)
+    def score(self, rows: Iterable[Row | RowError | Mapping[str, Any]]) -> Iterator[ScoredRow | RowError]:
+        """One result per row, in order; errors among the rows pass through.
+
+        A mapping is read as a record of a file, see `adajudge.data.parse_row`; its line is its place in `rows`.
+        """
+        iterator = (
+            row if isinstance(row, (Row, RowError)) else parse_row(row, line)
+            for line, row in enumerate(rows, 1)
+        )
         while window := list(itertools.islice(iterator, self.window)):
             yield from self._score_window(window)
 
@@ -162,6 +176,8 @@ class Scorer:
         Raises:
             ValueError: the row cannot be scored; the message names the field and the reason.
         """
+        if not isinstance(response, str):
+            raise ValueError(f"response: expected a string, got {type(response).__name__}")
         messages = (Message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
         (result,) = self.score([Row("0", 1, "single", messages, (response,))])
         if isinstance(result, RowError):
@@ -219,6 +235,7 @@ class Scorer:
                 row.response_length,
                 row.truncated,
                 row.unknown_share,
+                row.holds_control_tokens,
             )
             for row, (reward, view_scores, view_weights, depth_weights) in zip(rows, numbers, strict=True)
         ]

@@ -1,6 +1,7 @@
 """The built-in judge: its pipeline runs from nothing, and the shipped one keeps its card's word."""
 
 import json
+import math
 
 import pytest
 from adajudge import Scorer
@@ -18,9 +19,9 @@ def test_the_pipeline_runs_from_nothing(tmp_path):
     assert set(results["test_accuracy"]) == set(RESULTS["test_accuracy"])
     assert len(results["runs"]) == 12
     scorer = Scorer.from_pretrained(tmp_path)
-    assert scorer.score_response("tell me about sport .", "the ball .").reward == pytest.approx(
-        scorer.score_response("tell me about sport .", "the ball .").reward
-    )
+    assert math.isfinite(scorer.score_response("tell me about sport .", "the ball .").reward)
+    with pytest.raises(ValueError, match="unknown to this judge"):
+        scorer.score_response("Discuss Kant.", "He wrote three critiques.")
     assert "What the comparison shows" in (tmp_path / "README.md").read_text()
 
 

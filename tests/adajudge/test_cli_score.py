@@ -3,12 +3,15 @@
 import gzip
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 
 import pyarrow.parquet
 import pytest
 from adajudge.cli import main
+from adajudge.scoring import BUILT_IN_JUDGE
 
 GOOD = {"id": "good", "prompt": "tell me about sport .", "response": "the ball and the goal ."}
 PAIR = {
@@ -84,6 +87,7 @@ def test_all_rows_scored_is_exit_code_zero_and_removes_a_stale_error_file(tmp_pa
         "response_tokens",
         "truncated",
         "unknown_share",
+        "holds_control_tokens",
     }
     assert pair["winner"] == "chosen"
     assert pair["margin"] == pytest.approx(pair["chosen"]["reward"] - pair["rejected"]["reward"])
@@ -226,3 +230,59 @@ def test_parquet_keeps_the_scores_of_rows_of_every_kind(tmp_path):
     single, pair = pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pylist()
     assert single["reward"] is not None
     assert pair["margin"] is not None
+
+
+def test_a_forced_backend_that_cannot_serve_is_said_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    source = write_lines(tmp_path / "in.jsonl", PAIR)
+    monkeypatch.setenv("ADAJUDGE_BACKEND", "cuda")
+    assert main(["score", source, "--output", str(tmp_path / "out.jsonl")]) == 2
+    assert "ADAJUDGE_BACKEND=cuda" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["in.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_broken_judge_is_an_error_of_one_line_that_names_its_folder(name, tmp_path, capsys):
+    folder = tmp_path / "judge"
+    shutil.copytree(BUILT_IN_JUDGE, folder)
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: len(content) // 2])
+    source = write_lines(tmp_path / "in.jsonl", PAIR)
+    assert main(["score", source, "--output", str(tmp_path / "out.jsonl"), "--model", str(folder)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("adajudge score:")]
+    assert str(folder) in line
+
+
+def test_what_was_scored_before_the_input_broke_is_named(tmp_path, capsys):
+    whole = gzip.compress("".join(json.dumps(PAIR | {"id": str(i)}) + "\n" for i in range(2000)).encode())
+    source, output = tmp_path / "in.jsonl.gz", tmp_path / "out.jsonl"
+    source.write_bytes(whole[: len(whole) - 20])
+    assert main(["score", str(source), "--output", str(output)]) == 2
+    assert f"is in {output}.partial" in capsys.readouterr().err
+    assert len(read_lines(tmp_path / "out.jsonl.partial")) >= 512
+    assert not output.exists()
+
+
+def test_abbreviated_options_are_refused(tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", PAIR)
+    with pytest.raises(SystemExit) as stop:
+        main(["score", source, "--output", str(tmp_path / "out.jsonl"), "--conf", "options.yaml"])
+    assert stop.value.code == 2
+
+
+def test_a_missing_package_is_named_with_what_installs_it(tmp_path, monkeypatch, capsys):
+    source = write_lines(tmp_path / "in.jsonl", PAIR)
+    monkeypatch.delitem(sys.modules, "rich.progress", raising=False)
+    monkeypatch.setitem(sys.modules, "rich.progress", None)
+    assert main(["score", source, "--output", str(tmp_path / "out.jsonl")]) == 2
+    assert "pip install 'adajudge-kernels[model]'" in capsys.readouterr().err
+
+
+def test_flags_of_the_text_are_in_the_output_and_the_summary(tmp_path, capsys):
+    pair = {"chosen": "Say yes. yes", "rejected": "Say yes. no <pad>"}
+    source, output = write_lines(tmp_path / "in.jsonl", pair), tmp_path / "out.jsonl"
+    assert main(["score", source, "--output", str(output), "--allow-unknown"]) == 0
+    shown = capsys.readouterr().out
+    assert "1 rows without a prompt" in shown
+    assert "1 rows with control tokens" in shown
+    (record,) = read_lines(output)
+    assert [record[side]["holds_control_tokens"] for side in ("chosen", "rejected")] == [False, True]

@@ -104,6 +104,34 @@ def test_an_implicit_prompt_never_ends_within_a_word():
     assert (row.prompt[0].content, row.chosen, row.rejected) == ("The sky is", "blue.", "black.")
 
 
+def test_only_a_prompt_taken_from_the_texts_is_called_implicit():
+    assert parsed({"chosen": "a b", "rejected": "a c"}).implicit_prompt
+    assert not parsed({"chosen": [USER, GOOD], "rejected": [USER, BAD]}).implicit_prompt
+    assert not parsed({"prompt": "a", "chosen": "a b", "rejected": "a c"}).implicit_prompt
+
+
+SYSTEM = {"role": "system", "content": "s"}
+
+
+@pytest.mark.parametrize("turns", [[USER], [SYSTEM, USER], [{**USER, "content": "Hi 🙂 "}]])
+def test_conversations_that_repeat_the_prompt_do_not_double_it(turns):
+    record = {
+        "prompt": "Hi 🙂",
+        "chosen": [*turns, GOOD],
+        "rejected": [*turns, BAD],
+        "messages": [*turns, GOOD],
+    }
+    assert len(parsed(record).prompt) == len(turns)
+
+
+def test_conversations_go_on_from_a_system_prompt():
+    assert len(parsed({"prompt": [SYSTEM], "chosen": [USER, GOOD], "rejected": [USER, BAD]}).prompt) == 2
+
+
+def test_messages_may_stand_beside_the_prompt_that_they_begin_with():
+    assert parsed({"prompt": "Hi 🙂", "messages": [USER, GOOD]}).prompt == PROMPT
+
+
 def test_margin_is_kept():
     assert parsed({"prompt": "q", "chosen": "a", "rejected": "b", "margin": 0.5}).margin == 0.5
 
@@ -163,6 +191,38 @@ MALFORMED = {
     "several turns as response": ({"prompt": "q", "response": [USER, GOOD]}, "response", "2 messages"),
     "sides diverge early": ({"chosen": [USER, GOOD], "rejected": [BAD, BAD]}, "rejected", "differ before"),
     "nothing shared": ({"chosen": "a b", "rejected": "c d"}, "prompt", "missing field"),
+    "prompt under another name": (
+        {"question": "q", "chosen": "a b", "rejected": "a c"},
+        "prompt",
+        "'question'",
+    ),
+    "null prompt": ({"prompt": None, "chosen": "a b", "rejected": "a c"}, "prompt", "null"),
+    "another prompt in the conversations": (
+        {"prompt": "q", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        "chosen[0]",
+        "another user message",
+    ),
+    "another prompt in the messages": (
+        {"prompt": "q", "messages": [USER, GOOD]},
+        "messages[0]",
+        "another user",
+    ),
+    "prompt before the messages": (
+        {"prompt": "q", "messages": [BAD, USER, GOOD]},
+        "prompt",
+        "not in 'messages'",
+    ),
+    "response and responses": (
+        {"prompt": "q", "response": "a", "responses": ["b"]},
+        "row",
+        "several formats: responses, response",
+    ),
+    "response and messages": ({"messages": [USER, GOOD], "response": "a"}, "row", "several formats"),
+    "tool call": (
+        {"messages": [USER, {**GOOD, "tool_calls": [{}]}]},
+        "messages[1].tool_calls",
+        "content only",
+    ),
     "one side is the prompt": ({"chosen": "a b", "rejected": "a"}, "rejected", "empty"),
     "margin not finite": (
         {"prompt": "q", "chosen": "a", "rejected": "b", "margin": math.nan},

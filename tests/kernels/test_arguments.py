@@ -22,7 +22,38 @@ def pool(states, alpha=ALPHA, weight=W, bias=B1, layout=LAYOUT, tokens="all"):
     return ak.multi_view_pool(states, alpha, weight, bias, layout, tokens)
 
 
+HEAD = ak.AdaJudgeHead(6, expert_hidden_size=4, router_hidden_size=4)
+
 CALLS = [
+    (lambda: HEAD(None, LAYOUT), r"hidden: NoneType came, expected a tensor \[T, d\]"),
+    (lambda: HEAD(H, None), "layout: NoneType came, expected a SequenceLayout"),
+    (lambda: HEAD(LAYOUT, H), "layout: Tensor came, expected a SequenceLayout"),
+    (lambda: HEAD(H[:, :5], LAYOUT), r"hidden: shape \(8, 5\) came, expected \[8, 6\]"),
+    (lambda: HEAD(H.double(), LAYOUT), "weight: dtype torch.float32 came with hidden of torch.float64"),
+    (lambda: ak.AdaJudgeHead(0), "hidden_size: 0 came, expected an integer from 1 to 16384"),
+    (lambda: ak.AdaJudgeHead(20000), "hidden_size: 20000 came"),
+    (lambda: ak.AdaJudgeHead("6"), "hidden_size: '6' came"),
+    (lambda: ak.AdaJudgeHead(6, num_blocks=9), "num_blocks: 9 came, expected an integer from 1 to 8"),
+    (lambda: ak.AdaJudgeHead(6, num_blocks=2.0), "num_blocks: 2.0 came"),
+    (lambda: ak.AdaJudgeHead(6, num_heads=4), "num_heads: 4 came, expected a divisor of hidden_size 6"),
+    (lambda: ak.AdaJudgeHead(6, intermediate_size=-1), "intermediate_size: -1 came"),
+    (lambda: ak.AdaJudgeHead(6, expert_hidden_size=0), "expert_hidden_size: 0 came"),
+    (lambda: ak.AdaJudgeHead(6, router_hidden_size=True), "router_hidden_size: True came"),
+    (
+        lambda: ak.SequenceLayout.packed(None, [1]),
+        r"prompt_lengths: None came, expected integers of shape \[N\]",
+    ),
+    (lambda: ak.SequenceLayout.packed([1], "ab"), "response_lengths: 'ab' came"),
+    (
+        lambda: ak.SequenceLayout.shared_prompts([1], 5),
+        "response_lengths: int came, expected one list per prompt",
+    ),
+    (lambda: ak.SequenceLayout.shared_prompts([1], None), "response_lengths: NoneType came"),
+    (lambda: ak.SequenceLayout.shared_prompts([1], [5]), r"response_lengths\[0\]"),
+    (
+        lambda: ak.focal_bradley_terry_loss(R, R, entropy_floor=1.2),
+        "entropy_floor: 1.2 came, expected at most ln 3",
+    ),
     (
         lambda: ak.depth_gate(H[:7], GATE, GATE_BIAS, LAYOUT),
         r"hidden: shape \(7, 6\) came, expected \[8, d\]",
@@ -79,7 +110,7 @@ CALLS = [
         lambda: ak.focal_bradley_terry_loss(R, R, view_weights=torch.ones(8, 2)),
         r"view_weights: shape \(8, 2\)",
     ),
-    (lambda: ak.DepthGate(6, 9), "num_blocks: 9 depths came"),
+    (lambda: ak.DepthGate(6, 9), "num_blocks: 9 came"),
     (lambda: ak.RefinementBlock(6, num_heads=4), "num_heads: 4 came, expected a divisor of hidden_size 6"),
     (lambda: ak.MultiViewPooling(6, "prompt"), "attention_tokens: 'prompt' came"),
     (lambda: ak.AdaJudgeHead(6, 1)(H[:, :5], LAYOUT), r"hidden: shape \(8, 5\) came, expected \[8, 6\]"),

@@ -333,7 +333,7 @@ def test_deterministic_algorithms_are_honoured(operation, device):
 
 @pooling
 def test_backward_keeps_the_inputs_and_numbers_per_sequence(operation, device):
-    """Nothing of size [T, d] is saved beyond the states themselves; the rest is O(B)."""
+    """Nothing of size [T, d] is saved beyond the states themselves; the rest is O(B d), whatever T is."""
     layout, _ = LONG.lay_out("shared", device)
     inputs = cast(operation.draw(LONG, 64, 3), torch.float32, device)
     own = {x.data_ptr() for x in inputs.values()} | {x.data_ptr() for x in layout.tables}

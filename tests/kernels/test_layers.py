@@ -5,6 +5,7 @@ import torch
 
 import adajudge_kernels as ak
 from tests.kernels.batches import LAYOUTS, RAGGED, Batch, place
+from tests.kernels.conftest import INTERPRETED
 
 
 def random_head(d=24, dtype=torch.float32, **options):
@@ -78,7 +79,8 @@ def test_gradcheck_of_the_whole_head(kind, device):
         return tuple(torch.func.functional_call(head, named, (place(states, source), layout)))
 
     states = torch.randn(batch.num_tokens, 4, dtype=torch.float64, device=device, requires_grad=True)
-    assert torch.autograd.gradcheck(call, (states, *head.parameters()))
+    # The interpreter takes minutes for every entry of every Jacobian: there, a random combination of them.
+    assert torch.autograd.gradcheck(call, (states, *head.parameters()), fast_mode=INTERPRETED)
 
 
 def test_the_head_takes_three_dimensional_states(device):
@@ -122,7 +124,7 @@ def test_bf16_states_with_fp32_parameters(device):
     hidden = torch.randn(layout.num_tokens, 24, device=device)
     out = head(hidden.bfloat16(), layout)
     assert out.reward.dtype == torch.float32
-    assert torch.allclose(out.reward, head(hidden, layout).reward, atol=0.3)
+    assert torch.allclose(out.reward, head(hidden, layout).reward, atol=0.03)
 
 
 def test_autocast_runs_the_head_on_fp32_states(device):
@@ -133,7 +135,7 @@ def test_autocast_runs_the_head_on_fp32_states(device):
         out = head(hidden, layout)
     out.reward.sum().backward()
     assert out.reward.dtype == torch.float32
-    assert torch.allclose(out.reward, head(hidden, layout).reward, atol=0.3)
+    assert torch.allclose(out.reward, head(hidden, layout).reward, atol=0.03)
     assert hidden.grad.dtype == torch.float32
 
 
@@ -141,12 +143,15 @@ def test_gradient_checkpointing_changes_no_gradient(device):
     layout, _ = RAGGED.lay_out("shared", device)
     head = random_head().to(device).train()
     hidden = torch.randn(layout.num_tokens, 24, device=device)
-    gradients = []
+    gradients, calls = [], []
+    head.refinement.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     for recompute in (False, True):
         head.refinement.gradient_checkpointing = recompute
         head.zero_grad()
+        calls.clear()
         head(hidden, layout).reward.sum().backward()
         gradients.append([p.grad.clone() for p in head.parameters()])
+        assert len(calls) == (2 if recompute else 1)  # once more for the backward
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 

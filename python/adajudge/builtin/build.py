@@ -191,6 +191,7 @@ def _save(
         expert_hidden_size=HEAD_HIDDEN,
         router_hidden_size=HEAD_HIDDEN,
         turn_boundary=ConversationEncoder(tokenizer).boundary.to_dict(),
+        unknown_word_limit=0.1,  # it knows a few hundred words
     )
     model = AdaJudgeForSequenceClassification(config, backbone)
     model.head.load_state_dict(head.state_dict())

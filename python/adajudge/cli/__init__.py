@@ -18,10 +18,13 @@ _COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (0 done, 1 rows or work failed, 2 wrong usage)."""
-    parser = argparse.ArgumentParser(prog="adajudge", description="AdaJudge reward models: score and train.")
+    parser = argparse.ArgumentParser(
+        prog="adajudge", description="AdaJudge reward models: score and train.", allow_abbrev=False
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in _COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=(module.__doc__ or "").splitlines()[0])
+        description = (module.__doc__ or "").splitlines()[0]
+        command = commands.add_parser(name, help=summary, description=description, allow_abbrev=False)
         module.add_arguments(command)
         command.add_argument("--config", metavar="FILE", help="YAML file with options; the command line wins")
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -32,6 +35,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(given)
     try:
         return _COMMANDS[args.command][0].run(args)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "adajudge", "adajudge_kernels"):
+            raise
+        extra = "train" if args.command == "train" else "model"
+        print(
+            f"adajudge {args.command}: needs the package {package}, which is not installed: "
+            f"pip install 'adajudge-kernels[{extra}]'",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print("adajudge: interrupted", file=sys.stderr)
         return 130

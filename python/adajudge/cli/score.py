@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--truncate_response", "--truncate-response", action="store_true",
                         help="cut a response that does not fit instead of refusing its row")  # fmt: skip
     parser.add_argument("--allow_unknown", "--allow-unknown", action="store_true",
-                        help="score rows although the built-in judge does not know their words")  # fmt: skip
+                        help="score rows although the judge does not know their words")  # fmt: skip
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ..; default: CUDA where there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights")
     parser.add_argument("--table", action=argparse.BooleanOptionalAction, default=None,
@@ -52,18 +53,29 @@ def run(args: argparse.Namespace) -> int:
     """Score `args.input` into `args.output`."""
     from adajudge.data import DataFileError, read_rows
 
+    partial = Path(f"{args.output}.partial")
+    before = _modified(partial)
     try:
-        _refuse_to_overwrite(args.input, args.output)
+        _check_outputs(args.input, args.output)
         reader = read_rows(args.input, keep_ties=True)
         scorer = _load(args)
         return _score(args, reader, scorer)
-    except (DataFileError, OSError, ValueError) as error:
-        print(f"adajudge score: {error}", file=sys.stderr)
-        return 2
+    except (DataFileError, OSError, ValueError, KeyboardInterrupt) as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        print(f"adajudge score: {'interrupted' if interrupted else error}", file=sys.stderr)
+        if args.output != "-" and _modified(partial) != before:
+            print(f"what was scored until then is in {partial}; there is no {args.output}", file=sys.stderr)
+        return 130 if interrupted else 2
 
 
-def _refuse_to_overwrite(source: str, target: str) -> None:
-    """The input is not lost: no file that the command writes or removes may be it."""
+def _modified(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.is_file() else None
+
+
+def _check_outputs(source: str, target: str) -> None:
+    """The input is not lost: no file that the command writes or removes may be it. Nor is any of them a folder."""
+    if target != "-" and os.path.isdir(f"{target}.errors.jsonl"):
+        raise ValueError(f"--output {target}: its error file {target}.errors.jsonl is a folder")
     for name in (target, f"{target}.partial", f"{target}.errors.jsonl", f"{target}.errors.jsonl.partial"):
         if (
             source != "-"
@@ -85,7 +97,7 @@ def _load(args: argparse.Namespace) -> Scorer:
     if args.max_length is not None:
         options["max_length"] = args.max_length
     if args.allow_unknown:
-        options["unknown_limit"] = None
+        options["unknown_limit"] = 1.0
     if args.model is None:
         print("judge: the built-in one, which knows only its own small world (see its card); "
               "--model DIR names another", file=sys.stderr)  # fmt: skip
@@ -103,7 +115,10 @@ def _score(args: argparse.Namespace, reader: RowReader, scorer: Scorer) -> int:
     from adajudge.cli.summary import Summary
     from adajudge.data import RowError
     from adajudge.data.writing import RecordWriter
+    from adajudge_kernels.backends import FAMILIES, choose_backend
 
+    device = next(scorer.model.parameters()).device
+    choices = {family: choose_backend(device, family) for family in FAMILIES}  # or say now what is wrong
     summary = Summary()
     error_path = None if args.output == "-" else f"{args.output}.errors.jsonl"
     started = time.perf_counter()
@@ -122,7 +137,8 @@ def _score(args: argparse.Namespace, reader: RowReader, scorer: Scorer) -> int:
     if error_path is not None and errors is None and os.path.exists(error_path):
         os.remove(error_path)  # of an earlier run of the same command; this one has no errors
     summary.seconds, summary.tokens = time.perf_counter() - started, scorer.tokens_scored
-    _report(args, summary, scorer, error_path)
+    backend = f"{choices['pooling'].backend} on {device} ({choices['pooling'].reason})"
+    _report(args, summary, backend, error_path)
     return 1 if summary.errors else 0
 
 
@@ -143,12 +159,10 @@ def _with_progress(scorer: Scorer, reader: RowReader) -> Iterator[Any]:
             yield result
 
 
-def _report(args: argparse.Namespace, summary: Summary, scorer: Scorer, error_path: str | None) -> None:
-    import torch
+def _report(args: argparse.Namespace, summary: Summary, backend: str, error_path: str | None) -> None:
     from rich.console import Console
 
     from adajudge.scoring import BUILT_IN_JUDGE
-    from adajudge_kernels.backends import choose_backend
 
     console = Console(stderr=args.output == "-")
     if not console.is_terminal:
@@ -156,11 +170,9 @@ def _report(args: argparse.Namespace, summary: Summary, scorer: Scorer, error_pa
     shown = console.is_terminal and args.output != "-" if args.table is None else args.table
     if shown:
         summary.print_table(console, _TABLE_ROWS)
-    device = next(scorer.model.parameters()).device
-    choice = choose_backend(torch.device(device.type), "pooling")
     card = BUILT_IN_JUDGE / "results.json" if args.model is None else None
     summary.print_figures(console, card)
-    console.print(f"backend: {choice.backend} on {device} ({choice.reason})", highlight=False)
+    console.print(f"backend: {backend}", highlight=False)
     if args.output != "-":
         console.print(f"written: {args.output}", highlight=False, soft_wrap=True, markup=False)
     if summary.errors and error_path is not None:

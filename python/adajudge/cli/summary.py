@@ -26,6 +26,8 @@ class Summary:
         self.responses = 0
         self.rows = 0
         self.truncated = 0
+        self.control_tokens = 0  # rows whose text holds some
+        self.implicit_prompts = 0
         self.pairs: dict[str, list[int]] = {}  # domain -> [right, all]
         self.longer: list[int] = [0, 0, 0]  # pairs whose longer response is chosen, rejected; equal length
         self.seconds = 0.0
@@ -39,6 +41,8 @@ class Summary:
         self.rows += 1
         self.responses += len(result.scores)
         self.truncated += any(score.truncated for score in result.scores)
+        self.control_tokens += any(score.holds_control_tokens for score in result.scores)
+        self.implicit_prompts += result.row.implicit_prompt
         if len(self.shown) < _HELD:
             self.shown.append(result)
         if result.row.kind == "pair" and not result.row.tie:
@@ -79,8 +83,19 @@ class Summary:
         rate = max(self.seconds, 1e-9)
         line += f": {self.rows / rate:,.0f} rows/s, {self.tokens / rate:,.0f} tokens/s"
         console.print(line, highlight=False, soft_wrap=True)
-        if self.truncated:
-            console.print(f"truncated: {self.truncated} rows (flagged in the output)", highlight=False)
+        for count, meaning in (
+            (self.truncated, "truncated (flagged in the output)"),
+            (
+                self.control_tokens,
+                "with control tokens of the tokenizer in their text (flagged in the output)",
+            ),
+            (
+                self.implicit_prompts,
+                "without a prompt: the words that both texts begin with were taken as one",
+            ),
+        ):
+            if count:
+                console.print(f"{count} rows {meaning}", highlight=False, soft_wrap=True)
         if not self.pairs:
             return
         right, total = (sum(counts[i] for counts in self.pairs.values()) for i in (0, 1))
@@ -102,10 +117,12 @@ class Summary:
 
 
 def _card_rows(card: Path | None, domains: list[str]) -> list[tuple[str, list[str]]]:
-    """Rows of the built-in judge's card: test accuracy of the judge and of the simpler poolings."""
+    """Rows of the built-in judge's card, if it knows the domains: accuracy of the judge and of simpler poolings."""
     if card is None or not card.is_file():
         return []
     accuracies = json.loads(card.read_text(encoding="utf-8"))["test_accuracy"]
+    if any(domain not in figures for figures in accuracies.values() for domain in domains):
+        return []  # rows of another kind than the card's
     return [
         (f"{name} (card, test split)", [*(f"{100 * figures[d]:.1f}" if d in figures else "" for d in domains),
                                         f"{100 * figures['average']:.1f}"])

@@ -61,11 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("LoRA")
     _add(group, "use_peft", "train LoRA matrices on the backbone, and the head in full", bool)
-    _add(group, "lora_r", "rank; default 16", whole, default=16)
-    _add(group, "lora_alpha", "scale times rank; default 32", whole, default=32)
-    _add(group, "lora_dropout", "default 0.05", _number(float, 0, 1), default=0.05)
+    _add(group, "lora_r", "rank; default 16", whole)
+    _add(group, "lora_alpha", "scale times rank; default 32", whole)
+    _add(group, "lora_dropout", "default 0.05", _number(float, 0, 1))
     _add(group, "lora_target_modules", "linear layers of the backbone (q_proj v_proj ..); default all-linear", str,
-         nargs="+", default=["all-linear"])  # fmt: skip
+         nargs="+")  # fmt: skip
     _add(group, "merge_lora", "save the merged judge in OUTPUT_DIR, the adapter in OUTPUT_DIR/adapter", bool)
 
     group = parser.add_argument_group("training, as in transformers' TrainingArguments")
@@ -130,10 +130,16 @@ def _prepare(args: argparse.Namespace) -> AdaJudgeTrainer:
     Raises:
         _UsageError: and it is said what.
     """
-    from transformers import AutoTokenizer, set_seed
+    from transformers import set_seed
     from transformers.utils import logging as transformers_logging
 
-    from adajudge.data import ChatTemplateError, ConversationEncoder, PairCollator
+    from adajudge.data import (
+        ChatTemplateError,
+        ConversationEncoder,
+        PairCollator,
+        TokenizerError,
+        load_tokenizer,
+    )
     from adajudge.training import AdaJudgeTrainer, TrainingRecord, add_lora
 
     transformers_logging.disable_progress_bar()
@@ -141,13 +147,15 @@ def _prepare(args: argparse.Namespace) -> AdaJudgeTrainer:
     set_seed(training.seed)  # the new head's weights
     model = _load_model(args)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+        tokenizer = load_tokenizer(args.model_name_or_path)
         if args.chat_template_path is not None:
             tokenizer.chat_template = Path(args.chat_template_path).read_text(encoding="utf-8")
         max_length = _max_length(args.max_length, model.config)
         encoder = ConversationEncoder(tokenizer, max_length, truncate_response=args.truncate_response)
     except ChatTemplateError as error:
         raise _UsageError(f"{error}; on this command line: --chat_template_path FILE") from error
+    except TokenizerError as error:
+        raise _UsageError(str(error)) from error
     except (OSError, ValueError) as error:
         raise _UsageError(f"tokenizer of {args.model_name_or_path}: {error}") from error
     model.config.turn_boundary = encoder.boundary.to_dict()
@@ -155,27 +163,29 @@ def _prepare(args: argparse.Namespace) -> AdaJudgeTrainer:
     if args.freeze_backbone:
         model.backbone.requires_grad_(False)
     if args.use_peft:
+        names = args.lora_target_modules
+        options = {
+            "r": args.lora_r,
+            "alpha": args.lora_alpha,
+            "dropout": args.lora_dropout,
+            "target_modules": [names] if isinstance(names, str) else names,  # one name from a YAML file
+        }
         try:
-            model = add_lora(
-                model,
-                r=args.lora_r,
-                alpha=args.lora_alpha,
-                dropout=args.lora_dropout,
-                target_modules=[args.lora_target_modules]
-                if isinstance(args.lora_target_modules, str)
-                else args.lora_target_modules,  # a single name from a YAML file
-            )
+            model = add_lora(model, **{key: value for key, value in options.items() if value is not None})
         except ValueError as error:
             raise _UsageError(str(error)) from error
-    return AdaJudgeTrainer(
-        model,
-        training,
-        train_dataset=train.dataset,
-        eval_dataset=None if evaluation is None else evaluation.dataset,
-        processing_class=tokenizer,
-        data_collator=PairCollator(0),  # any id: padding is known by its mask alone
-        callbacks=[TrainingRecord(args.output_dir)],
-    )
+    try:
+        return AdaJudgeTrainer(
+            model,
+            training,
+            train_dataset=train.dataset,
+            eval_dataset=None if evaluation is None else evaluation.dataset,
+            processing_class=tokenizer,
+            data_collator=PairCollator(0),  # any id: padding is known by its mask alone
+            callbacks=[TrainingRecord(args.output_dir)],
+        )
+    except (ValueError, ImportError) as error:
+        raise _UsageError(f"training options: {error}") from error
 
 
 def _training_arguments(args: argparse.Namespace) -> AdaJudgeTrainingArguments:
@@ -190,10 +200,16 @@ def _training_arguments(args: argparse.Namespace) -> AdaJudgeTrainingArguments:
             raise _UsageError(f"{first} and {second} came; only one of them can be followed")
     for option, needed in (
         ("merge_lora", "use_peft"),
+        ("lora_r", "use_peft"),
+        ("lora_alpha", "use_peft"),
+        ("lora_dropout", "use_peft"),
+        ("lora_target_modules", "use_peft"),
         ("eval_steps", "eval_data"),
         ("eval_strategy", "eval_data"),
     ):
-        if getattr(args, option) not in (None, False, "no") and not getattr(args, needed):
+        value = getattr(args, option)
+        is_given = value is not None and value is not False and value != "no"
+        if is_given and not getattr(args, needed):
             raise _UsageError(f"{option} came without {needed}")
     known = {field.name for field in dataclasses.fields(AdaJudgeTrainingArguments)}
     given = {key: value for key, value in vars(args).items() if key in known and value is not None}
@@ -217,17 +233,19 @@ def _training_arguments(args: argparse.Namespace) -> AdaJudgeTrainingArguments:
 def _load_model(args: argparse.Namespace) -> Any:
     from adajudge.training import load_judge
 
+    name = args.model_name_or_path
     head = {key: getattr(args, key) for key in ("num_blocks", "attention_tokens") if getattr(args, key)}
     frozen = args.use_peft or args.freeze_backbone
     try:
         return load_judge(
-            args.model_name_or_path,
+            name,
             dtype=args.dtype or ("auto" if frozen else "float32"),
             attn_implementation=args.attn_implementation,
             **head,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise _UsageError(f"model_name_or_path {args.model_name_or_path}: {error}") from error
+        where = "" if Path(name).is_dir() else "no such folder, and no such model on the hub: "
+        raise _UsageError(f"model_name_or_path {name}: {where}{error}") from error
 
 
 def _max_length(asked: int | None, config: Any) -> int | None:
@@ -305,6 +323,8 @@ def _checkpoint(args: argparse.Namespace) -> str | None:
     from transformers.trainer_utils import get_last_checkpoint
 
     asked, output = args.resume_from_checkpoint, Path(args.output_dir)
+    if output.exists() and not output.is_dir():
+        raise _UsageError(f"output_dir: {output} is a file; expected a folder")
     if asked is None or asked.lower() == "false":
         names = ("model*.safetensors", "adapter_model.safetensors", "checkpoint-*")
         found = sorted(path.name for name in names for path in output.glob(name))

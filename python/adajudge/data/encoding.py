@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,8 @@ class EncodedRow:
         response_tokens_cut: response tokens left out (only with ``truncate_response``).
         content_tokens: tokens that are words, not special tokens.
         unknown_tokens: those of the text that the tokenizer has no word for.
+        holds_control_tokens: whether prompt or response text itself holds a control token (end of turn, bos ..).
+            The roles of the tokens are right all the same, but the backbone sees turns that nobody took.
     """
 
     input_ids: list[int]
@@ -33,6 +35,7 @@ class EncodedRow:
     response_tokens_cut: int = 0
     content_tokens: int = 0
     unknown_tokens: int = 0
+    holds_control_tokens: bool = False
 
     def __len__(self) -> int:
         """Number of tokens."""
@@ -147,7 +150,9 @@ class ConversationEncoder:
         prompt_ids = self._encode_prompt(prompt, scaffold)
         response_text = self._without_trailer(full[len(prompt) + len(scaffold) :])
         ids = self._template.encode_behind(prompt_ids, prompt + scaffold, response_text)
-        return self._fit(ids, len(prompt_ids))
+        contents = [m.content if isinstance(m, Message) else str(m.get("content")) for m in messages]
+        marked = any(map(self._template.holds_control_token, [*contents, response]))
+        return replace(self._fit(ids, len(prompt_ids)), holds_control_tokens=marked)
 
     def encode_rendered(self, text: str) -> EncodedRow:
         """Encode text that a chat template has been applied to already (OpenRLHF's ``query``).

@@ -18,6 +18,11 @@ scoring row            ``prompt``, ``response``                                 
 A prompt is a string (one user message) or a list of ``{"role", "content"}``; a response is a string, an
 assistant message, or a list of messages that ends with the assistant's. ``null`` counts as missing. What is
 wrong with a record becomes a :class:`RowError` value; parsing never raises.
+
+Where a record could be read in two ways it is an error, never a guess: keys of two formats, a prompt beside
+messages that begin otherwise, messages with tool calls or reasoning (which no judge would see). Only a pair of
+texts without any prompt, TRL's implicit form, is split where the two begin to differ; ``Row.implicit_prompt``
+tells so.
 """
 
 from __future__ import annotations
@@ -28,6 +33,20 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 ROLES = ("system", "user", "assistant", "tool")
+
+# Parts of a message beside its text. A score that left them out would be of another response.
+_UNREAD_PARTS = (
+    "tool_calls",
+    "function_call",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+    "refusal",
+    "audio",
+)
+
+# How other data sets call the prompt: beside a pair without one, such a column is a misnamed prompt.
+_OTHER_NAMES_OF_PROMPT = ("question", "instruction", "query", "input", "context", "post", "problem")
 
 RowKind = Literal["single", "pair", "candidates"]
 
@@ -53,6 +72,7 @@ class Row:
         weight: pair weight of the loss; sqrt(abs(preference)) for HelpSteer3, 0 for a tie, else 1.
         margin: TRL's optional margin of a pair.
         ranks: rank of each response (NeMo-RL), lowest is best.
+        implicit_prompt: the prompt is what both texts of a pair begin with; the record has none of its own.
         extra: every other column of the record, untouched.
     """
 
@@ -64,6 +84,7 @@ class Row:
     weight: float = 1.0
     margin: float | None = None
     ranks: tuple[float, ...] | None = None
+    implicit_prompt: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -122,6 +143,8 @@ def parse_row(record: object, line: int) -> Row | RowError:
             raise _MalformedError("row", f"expected an object, got {_describe(record)}")
         fields = {key: value for key, value in record.items() if value is not None}
         row_id = _parse_id(fields.pop("id", None), default=row_id)
+        if "prompt" in record and "prompt" not in fields and ("chosen" in fields or "messages" in fields):
+            raise _MalformedError("prompt", "null; expected a prompt, or no such field")
         return _FORMATS[_detect_format(fields)](row_id, line, fields)
     except _MalformedError as malformed:
         return RowError(line, row_id, malformed.field, malformed.reason)
@@ -143,32 +166,40 @@ def _parse_id(value: object, default: str) -> str:
 
 
 def _detect_format(fields: Mapping[str, Any]) -> str:
-    for name, keys in (
-        ("preference", ("chosen", "rejected")),
-        ("helpsteer3", ("response1", "response2", "overall_preference")),
-        ("nemo_rl", ("completions",)),
-        ("candidates", ("responses",)),
-        ("messages", ("messages",)),
-        ("scoring", ("prompt", "response")),
-    ):
-        if any(key in fields for key in keys):
-            return name
-    found = ", ".join(map(str, fields)) or "none"
-    raise _MalformedError(
-        "row",
-        f"no known format: keys found: {found}; expected prompt + response, messages, chosen + rejected, "
-        "prompt + responses, context + response1 + response2 + overall_preference, or context + completions",
-    )
+    found = {name: next(key for key in keys if key in fields)
+             for name, keys in _KEYS.items() if any(key in fields for key in keys)}  # fmt: skip
+    found.pop(
+        "scoring" if len(found) > 1 and "response" not in fields else "", None
+    )  # a prompt goes with all
+    if "preference" in found:
+        found.pop("messages", None)  # UltraFeedback: the chosen conversation once more
+    if not found:
+        names = ", ".join(map(str, fields)) or "none"
+        raise _MalformedError(
+            "row",
+            f"no known format: keys found: {names}; expected prompt + response, messages, chosen + rejected, "
+            "prompt + responses, context + response1 + response2 + overall_preference, or context + completions",
+        )
+    if len(found) > 1:
+        raise _MalformedError(
+            "row", f"keys of several formats: {', '.join(found.values())}; expected one of them"
+        )
+    return next(iter(found))
 
 
 def _parse_preference(row_id: str, line: int, fields: dict[str, Any]) -> Row:
     chosen_value, rejected_value = _take(fields, "chosen"), _take(fields, "rejected")
     margin_value = fields.pop("margin", None)
     margin = None if margin_value is None else _number(margin_value, "margin")
-    if "prompt" not in fields and isinstance(chosen_value, str) and isinstance(rejected_value, str):
+    texts = isinstance(chosen_value, str) and isinstance(rejected_value, str)
+    implicit = "prompt" not in fields
+    if implicit and texts:
+        misnamed = next((name for name in _OTHER_NAMES_OF_PROMPT if name in fields), None)
+        if misnamed is not None:
+            raise _MalformedError("prompt", f"missing field; is it {misnamed!r}? Then name it 'prompt'")
         prompt, chosen, rejected = _split_shared_text(chosen_value, rejected_value)
     else:
-        explicit = _prompt(fields.pop("prompt"), "prompt") if "prompt" in fields else ()
+        explicit = () if implicit else _prompt(fields.pop("prompt"), "prompt")
         chosen_turns, chosen = _turns_and_response(chosen_value, "chosen")
         rejected_turns, rejected = _turns_and_response(rejected_value, "rejected")
         if chosen_turns != rejected_turns:
@@ -176,8 +207,34 @@ def _parse_preference(row_id: str, line: int, fields: dict[str, Any]) -> Row:
                 "rejected",
                 "chosen and rejected differ before their last message; only the last may differ",
             )
-        prompt = explicit + chosen_turns
-    return Row(row_id, line, "pair", prompt, (chosen, rejected), margin=margin, extra=fields)
+        prompt = _joined(explicit, chosen_turns, "chosen")
+    return Row(
+        row_id,
+        line,
+        "pair",
+        prompt,
+        (chosen, rejected),
+        margin=margin,
+        implicit_prompt=implicit and texts,
+        extra=fields,
+    )
+
+
+def _joined(explicit: tuple[Message, ...], turns: tuple[Message, ...], name: str) -> tuple[Message, ...]:
+    """The prompt of a record that has both a prompt and conversations: these may repeat it, or go on from it."""
+    if not explicit or not turns:
+        return explicit or turns
+    said, repeated = ([(m.role, m.content.strip()) for m in messages] for messages in (explicit, turns))
+    if turns[0].role not in ("system", "user"):
+        return explicit + turns
+    if said in (repeated[: len(said)], repeated[-len(said) :]):
+        return turns
+    if explicit[-1].role != "system":
+        raise _MalformedError(
+            f"{name}[0]",
+            f"begins with another {turns[0].role} message than 'prompt'; expected the same one, or the turns behind it",
+        )
+    return explicit + turns
 
 
 def _parse_helpsteer3(row_id: str, line: int, fields: dict[str, Any]) -> Row:
@@ -222,6 +279,8 @@ def _parse_candidates(row_id: str, line: int, fields: dict[str, Any]) -> Row:
 
 def _parse_messages(row_id: str, line: int, fields: dict[str, Any]) -> Row:
     turns, response = _turns_and_response(_take(fields, "messages"), "messages", text_allowed=False)
+    if "prompt" in fields and _joined(_prompt(fields["prompt"], "prompt"), turns, "messages") != turns:
+        raise _MalformedError("prompt", "it is not in 'messages'; expected the whole conversation there")
     return Row(row_id, line, "single", turns, (response,), extra=fields)
 
 
@@ -230,6 +289,16 @@ def _parse_scoring(row_id: str, line: int, fields: dict[str, Any]) -> Row:
     response = _response(_take(fields, "response"), "response")
     return Row(row_id, line, "single", prompt, (response,), extra=fields)
 
+
+# What a record of each format has, and one of no other.
+_KEYS = {
+    "preference": ("chosen", "rejected"),
+    "helpsteer3": ("response1", "response2", "overall_preference"),
+    "nemo_rl": ("completions",),
+    "candidates": ("responses",),
+    "messages": ("messages",),
+    "scoring": ("response", "prompt"),
+}
 
 _FORMATS = {
     "preference": _parse_preference,
@@ -271,6 +340,9 @@ def _message(value: object, name: str) -> Message:
         raise _MalformedError(
             f"{name}.role", f"unknown role {value['role']!r}; expected one of {', '.join(ROLES)}"
         )
+    for part in _UNREAD_PARTS:
+        if value.get(part):
+            raise _MalformedError(f"{name}.{part}", "a judge reads a message's content only; put it there")
     return Message(value["role"], _text(value["content"], f"{name}.content", empty_allowed=True))
 
 

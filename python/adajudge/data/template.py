@@ -70,6 +70,7 @@ class ChatTemplate:
         added: Mapping[int, Any] = self.tokenizer.added_tokens_decoder
         self.added_ids = frozenset(added)
         self._added_texts = [str(token) for token in added.values()]
+        self._control_texts = [str(token) for token in added.values() if token.special and str(token)]
         self._anchor = self._find_anchor(added)
         self.facts = self._derive_facts()
 
@@ -97,6 +98,10 @@ class ChatTemplate:
             raise ChatTemplateError(f"the chat template is not valid Jinja: {error}") from error
         except (jinja2.TemplateError, TypeError, KeyError, IndexError) as error:
             raise EncodingError("prompt", f"the chat template refuses this conversation: {error}") from error
+
+    def holds_control_token(self, text: str) -> bool:
+        """Whether the tokenizer would see one of its control tokens (end of turn, bos ..) in `text`."""
+        return any(control in text for control in self._control_texts)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of rendered text: special tokens in it are recognised, none are added."""

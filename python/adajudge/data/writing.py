@@ -60,7 +60,7 @@ class RecordWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Finish the file and give it its name; after an exception only the partial file remains."""
+        """Finish the file and give it its name; after an exception only the partial file remains, if it has records."""
         if self._extension == STDIN:
             sys.stdout.flush()
             return
@@ -69,6 +69,8 @@ class RecordWriter:
         if self._text is not None:
             self._text.close()
         if kind is not None:
+            if self._empty:
+                self._partial.unlink(missing_ok=True)
             return
         if self._extension == ".parquet":
             self._write_parquet()

@@ -65,6 +65,9 @@ class LoadedPairs:
         ties: pairs without a preference; left out of `dataset`.
         prompts_cut: pairs of `dataset` whose prompt lost its beginning to fit `max_length`.
         responses_cut: pairs of `dataset` whose response lost its end (only an encoder with `truncate_response`).
+        implicit_prompts: pairs of `dataset` without a prompt; the words both texts begin with were taken as one.
+        control_tokens: pairs of `dataset` with a control token of the tokenizer in their text.
+        margins: pairs of `dataset` that carry TRL's ``margin``.
     """
 
     source: str
@@ -74,6 +77,9 @@ class LoadedPairs:
     ties: int = 0
     prompts_cut: int = 0
     responses_cut: int = 0
+    implicit_prompts: int = 0
+    control_tokens: int = 0
+    margins: int = 0
 
     def summary(self) -> str:
         """One line for a person: the counts that are not zero."""
@@ -82,6 +88,12 @@ class LoadedPairs:
             (self.ties, "ties left out"),
             (self.prompts_cut, "with the beginning of the prompt cut to fit max_length"),
             (self.responses_cut, "with the end of a response cut to fit max_length"),
+            (
+                self.implicit_prompts,
+                "without a prompt: the words that both texts begin with were taken as one",
+            ),
+            (self.control_tokens, "with control tokens of the tokenizer in their text"),
+            (self.margins, "with a margin, which the focal Bradley-Terry loss does not use"),
             (len(self.too_long), "left out because a response does not fit max_length"),
             (len(self.bad_rows), "bad rows"),
         ):
@@ -130,6 +142,9 @@ def load_pairs(
         sides = (pair.chosen, pair.rejected)
         loaded.prompts_cut += any(side.prompt_tokens_cut > 0 for side in sides)
         loaded.responses_cut += any(side.response_tokens_cut > 0 for side in sides)
+        loaded.implicit_prompts += row.implicit_prompt
+        loaded.control_tokens += any(side.holds_control_tokens for side in sides)
+        loaded.margins += row.margin is not None
     loaded.ties = reader.counts.ties
     return loaded
 

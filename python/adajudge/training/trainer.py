@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from adajudge.data import ConversationEncoder
 from adajudge_kernels import focal_bradley_terry_loss
 
+_REMEDIES = "a lower learning_rate, bf16 in place of fp16, or a look at the data of the last steps may help"
+
 # Columns of what is measured for each pair; the log's names for their means.
 _MEASURES = (
     "accuracy",
@@ -64,7 +66,7 @@ class AdaJudgeTrainer(Trainer):
     A log is written wherever a checkpoint is: a resumed run then logs exactly what an uninterrupted one does.
 
     Raises:
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss is not finite, or a parameter that is about to be saved.
     """
 
     args: AdaJudgeTrainingArguments
@@ -160,8 +162,7 @@ class AdaJudgeTrainer(Trainer):
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
                 raise FloatingPointError(
-                    f"the loss is {logs['loss']} at step {self.state.global_step}; a lower learning_rate, "
-                    "bf16 in place of fp16, or a look at the data of the last steps may help"
+                    f"the loss is {logs['loss']} at step {self.state.global_step}; {_REMEDIES}"
                 )
             if self._sums is not None:
                 *sums, pairs = self.accelerator.reduce(self._sums, "sum").tolist()
@@ -170,9 +171,18 @@ class AdaJudgeTrainer(Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the judge; of a LoRA adapter also the judge's configuration, without which it has no head to fill."""
-        super().save_model(output_dir, _internal_call)
+        """Save the judge; of a LoRA adapter also the judge's configuration, without which it has no head to fill.
+
+        Raises:
+            FloatingPointError: a trained parameter is not finite; nothing is saved.
+        """
         model = self.accelerator.unwrap_model(self.model)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and not bool(parameter.isfinite().all()):
+                raise FloatingPointError(
+                    f"{name} is not finite at step {self.state.global_step}; {_REMEDIES}"
+                )
+        super().save_model(output_dir, _internal_call)
         if self.args.should_save and hasattr(model, "peft_config"):
             model.get_base_model().config.save_pretrained(output_dir or self.args.output_dir)
 
