@@ -91,9 +91,10 @@ def check_size(name: str, value: object, most: int) -> None:
 
 def check_number(name: str, value: object, low: float, inclusive: bool = True) -> None:
     """`value` is a finite number, at least (or above) `low`."""
-    word = "at least" if inclusive else "above"
+    expected = f"a finite number {'at least' if inclusive else 'above'} {low}"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{name}: {value!r} came, expected {expected}")
+    number = float(value)
     # Compared rather than math.isfinite: torch.compile traces this.
-    if isinstance(value, bool) or not isinstance(value, Real) or not -math.inf < value < math.inf:
-        raise ValueError(f"{name}: {value!r} came, expected a finite number {word} {low}")
-    if value < low or (value == low and not inclusive):
-        raise ValueError(f"{name}: {value!r} came, expected a number {word} {low}")
+    if not low <= number < math.inf or (number == low and not inclusive):
+        raise ValueError(f"{name}: {value!r} came, expected {expected}")

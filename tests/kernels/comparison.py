@@ -8,8 +8,10 @@ from tests.kernels.batches import place
 from tests.kernels.operations import over_tokens
 
 ABSOLUTE = 1e-6
-# Triton's interpreter stores bf16 by cutting bits off instead of rounding: an error of one step, not half of one.
-CUT_OFF = 2**-7 if os.environ.get("TRITON_INTERPRET") == "1" else 0.0
+# A gradient is stored in its input's dtype. Plain PyTorch may be lucky with the last bit of all of few numbers, so one
+# rounding is always granted. Triton's interpreter stores bf16 by cutting bits off: a whole step, not half of one.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ROUNDING = {torch.float16: 2**-11, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8}
 
 
 def cast(inputs, dtype, device="cpu"):
@@ -65,6 +67,6 @@ def assert_within_contract(ours, plain, exact):
         assert error(outputs[i], expected) <= bound, f"output {i}"
     for name, expected in true_gradients.items():
         bound = 2 * error(plain_gradients[name], expected) + ABSOLUTE
-        if over_tokens(name) and gradients[name] is not None and gradients[name].dtype == torch.bfloat16:
-            bound += CUT_OFF * float(expected.abs().max()) if expected.numel() else 0.0
+        if gradients[name] is not None and expected.numel():
+            bound += ROUNDING.get(gradients[name].dtype, 0.0) * float(expected.abs().max())
         assert error(gradients[name], expected) <= bound, f"gradient of {name}"

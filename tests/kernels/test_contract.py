@@ -26,7 +26,7 @@ rowwise = pytest.mark.parametrize(("name", "draw", "call", "truth"), ROWWISE, id
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 layouts = pytest.mark.parametrize("kind", LAYOUTS)
 generated = settings(
-    max_examples=4 if INTERPRETED else 12,
+    max_examples=3 if INTERPRETED else 12,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     database=None,
@@ -65,7 +65,9 @@ def test_one_to_eight_depths(operation, depths, device):
 
 
 @pooling
-@pytest.mark.parametrize("d", [1, 2, 3, 31, 257, 1000, 4096, 16384])
+@pytest.mark.parametrize(
+    "d", [1, 2, 31, 257, 16384] if INTERPRETED else [1, 2, 3, 31, 257, 1000, 4096, 16384]
+)
 def test_any_number_of_features(operation, d, device):
     batch = Batch((2, 0), ((1, 3), (2,)))
     compare(operation, operation.draw(batch, d, 2), batch, "packed", torch.float32, device)
@@ -273,7 +275,8 @@ def test_gradcheck(operation, device):
                 {n: place(v, source) if over_tokens(n) else v for n, v in x.items()}, layout
             )
 
-        assert torch.autograd.gradcheck(call, tuple(drawn.values()))
+        # The interpreter takes minutes for every entry of every Jacobian: there, a random combination of them.
+        assert torch.autograd.gradcheck(call, tuple(drawn.values()), fast_mode=INTERPRETED)
 
 
 @rowwise
