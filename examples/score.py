@@ -1,4 +1,4 @@
-"""Score two answers with the built-in judge, in ten lines."""
+"""Score three pairs with the built-in judge, in ten lines."""
 
 from adajudge import Scorer
 from adajudge.data import read_rows

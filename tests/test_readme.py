@@ -1,6 +1,9 @@
-"""The README's Python blocks run as they stand."""
+"""The README's blocks run as they stand."""
 
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,11 +11,19 @@ import pytest
 from benchmarks.report import table
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    command
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for command in block.replace("\\\n", " ").splitlines()
+]
 
 
-def test_the_readme_has_blocks():
+def test_the_readme_has_blocks_of_these_two_kinds_only():
     assert len(BLOCKS) >= 3
+    assert len(COMMANDS) >= 8
+    assert set(re.findall(r"```(\w+)", README)) == {"python", "sh"}
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
@@ -21,6 +32,34 @@ def test_the_block_runs(block, monkeypatch):
     exec(compile(block, "README.md", "exec"), {})
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder that looks like the checkout and takes what the commands write."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for path in ROOT.iterdir():
+        if not path.name.startswith(".") and path.name not in ("out", "build"):
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
+@pytest.mark.xdist_group("readme")  # later commands need what earlier ones wrote
+@pytest.mark.parametrize("command", COMMANDS, ids=range(len(COMMANDS)))
+def test_the_command_runs(command, folder):
+    program, *arguments = shlex.split(command, comments=True)
+    expected = 0
+    if program == "make":  # the targets themselves are what a reader runs
+        called = ["make", "-n", *arguments]
+    elif program == "pip":
+        called = [sys.executable, "-m", "pip", *arguments, "--dry-run", "--no-deps", "--no-build-isolation"]
+    elif program == "adajudge":
+        called = [sys.executable, "-m", "adajudge.cli", *arguments]
+        expected = 1 if arguments[:2] == ["score", "examples/pairs.jsonl"] else 0
+    else:
+        assert program == "python"
+        called = [sys.executable, *arguments]
+    result = subprocess.run(called, cwd=folder, capture_output=True, text=True, check=False)
+    assert result.returncode == expected, result.stderr
+
+
 def test_the_measured_table_is_what_the_report_prints():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert table(ROOT / "benchmarks" / "results" / "cpu.json") in readme
+    assert table(ROOT / "benchmarks" / "results" / "cpu.json") in README

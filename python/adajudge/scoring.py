@@ -67,19 +67,23 @@ class ScoredRow:
         """Indices of the responses, best first; equal rewards keep their order."""
         return sorted(range(len(self.scores)), key=lambda i: -self.scores[i].reward)
 
+    @property
+    def winner(self) -> str | int:
+        """Of a pair the side with the higher reward, or a tie; else the index of the best response."""
+        if self.row.kind != "pair":
+            return self.ranking[0]
+        return "chosen" if self.margin > 0 else "rejected" if self.margin < 0 else "tie"
+
     def to_record(self) -> dict[str, Any]:
         """The output record: flat for one response, by side for a pair, a list for candidates."""
         first = self.scores[0]
         if self.row.kind == "single":
             return {"id": self.row.id, **_fields(first)}
         if self.row.kind == "pair":
-            rejected = self.scores[1]
-            winner = "chosen" if self.margin > 0 else "rejected" if self.margin < 0 else "tie"
-            sides = {"chosen": _fields(first), "rejected": _fields(rejected)}
-            return {"id": self.row.id, "margin": self.margin, "winner": winner, **sides}
-        best = self.ranking[0]
+            sides = {"chosen": _fields(first), "rejected": _fields(self.scores[1])}
+            return {"id": self.row.id, "margin": self.margin, "winner": self.winner, **sides}
         candidates = [_fields(score) for score in self.scores]
-        return {"id": self.row.id, "winner": best, "ranking": self.ranking, "candidates": candidates}
+        return {"id": self.row.id, "winner": self.winner, "ranking": self.ranking, "candidates": candidates}
 
 
 def _fields(score: Score) -> dict[str, Any]:

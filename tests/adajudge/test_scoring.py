@@ -6,6 +6,7 @@ import pytest
 import torch
 from adajudge import Scorer
 from adajudge.data import Message, Row, RowError
+from adajudge.scoring import BUILT_IN_JUDGE
 
 from tests.adajudge.chat_templates.families import family_tokenizer
 from tests.adajudge.judges import BACKBONES
@@ -143,3 +144,26 @@ def test_impossible_options_are_refused(judge, tokenizer, options, message):
 def test_a_folder_without_a_judge_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config\.json there"):
         Scorer.from_pretrained(tmp_path)
+
+
+def test_records_may_come_instead_of_rows(judge, tokenizer):
+    scorer = Scorer(judge, tokenizer)
+    record = {"prompt": "tell me", "response": "the cat sat"}
+    good, bad = scorer.score([record, {"prompt": "tell me"}])
+    assert good.scores[0] == scorer.score_response("tell me", "the cat sat")
+    assert (bad.line, bad.field) == (2, "response")
+
+
+def test_a_response_that_is_no_text_is_refused(judge, tokenizer):
+    with pytest.raises(ValueError, match="response: expected a string, got NoneType"):
+        Scorer(judge, tokenizer).score_response("tell me", None)
+
+
+def test_the_judges_own_limit_of_unknown_words_goes_with_its_folder(tmp_path):
+    """Whoever names the folder gets the same refusals as whoever names none."""
+    text = {"prompt": "Discuss Kant.", "response": "He wrote three critiques."}
+    for scorer in (Scorer.from_pretrained(), Scorer.from_pretrained(BUILT_IN_JUDGE)):
+        (result,) = scorer.score([text])
+        assert "unknown to this judge" in result.reason
+    (result,) = Scorer.from_pretrained(unknown_limit=1.0).score([text])
+    assert math.isfinite(result.scores[0].reward)

@@ -167,6 +167,11 @@ def test_resuming_goes_on_from_the_latest_checkpoint(options, tmp_path):
         ({"use_peft": "true", "freeze_backbone": "true"}, "freeze_backbone and use_peft"),
         ({"warmup_steps": 1, "warmup_ratio": 0.1}, "warmup_steps and warmup_ratio"),
         ({"merge_lora": "true"}, "merge_lora came without use_peft"),
+        ({"lora_r": 8}, "lora_r came without use_peft"),
+        ({"lora_dropout": 0}, "lora_dropout came without use_peft"),
+        ({"lora_target_modules": "q_proj"}, "lora_target_modules came without use_peft"),
+        ({"report_to": "foo"}, "training options: foo is not supported"),
+        ({"output_dir": __file__}, "is a file; expected a folder"),
         ({"eval_steps": 5}, "eval_steps came without eval_data"),
         ({"lr_scheduler_type": "zigzag"}, "zigzag"),
         ({"resume_from_checkpoint": "true"}, "resume_from_checkpoint: no checkpoint in"),
@@ -257,6 +262,22 @@ def test_training_that_fails_is_exit_code_1(options, monkeypatch, capsys):
     monkeypatch.setattr(AdaJudgeTrainer, "log", fail)
     assert train(options) == 1
     assert "the loss is nan" in capsys.readouterr().err
+
+
+def test_a_judge_with_parameters_that_are_not_finite_is_not_saved(options, tmp_path, monkeypatch, capsys):
+    """A last step that goes wrong is seen by no later loss."""
+    from adajudge.training import AdaJudgeTrainer
+
+    class Breaking(AdaJudgeTrainer):
+        def training_step(self, model, *args, **kwargs):
+            loss = super().training_step(model, *args, **kwargs)
+            next(model.head.parameters()).grad.fill_(float("nan"))
+            return loss
+
+    monkeypatch.setattr("adajudge.training.AdaJudgeTrainer", Breaking)
+    assert train(options | {"max_steps": 1, "logging_steps": 10, "save_strategy": "no"}) == 1
+    assert "is not finite at step 1" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_without_matplotlib_the_curve_is_left_out_and_it_is_said(options, tmp_path, monkeypatch, capsys):

@@ -119,7 +119,7 @@ def _score(args: argparse.Namespace, reader: RowReader, scorer: Scorer) -> int:
 
     device = next(scorer.model.parameters()).device
     choices = {family: choose_backend(device, family) for family in FAMILIES}  # or say now what is wrong
-    summary = Summary()
+    summary = Summary(_TABLE_ROWS)
     error_path = None if args.output == "-" else f"{args.output}.errors.jsonl"
     started = time.perf_counter()
     with ExitStack() as stack:
@@ -169,7 +169,7 @@ def _report(args: argparse.Namespace, summary: Summary, backend: str, error_path
         console = Console(stderr=args.output == "-", width=_FILE_WIDTH)
     shown = console.is_terminal and args.output != "-" if args.table is None else args.table
     if shown:
-        summary.print_table(console, _TABLE_ROWS)
+        summary.print_table(console)
     card = BUILT_IN_JUDGE / "results.json" if args.model is None else None
     summary.print_figures(console, card)
     console.print(f"backend: {backend}", highlight=False)

@@ -14,13 +14,13 @@ from adajudge.scoring import Score, ScoredRow
 
 _TEXT_WIDTH = 34
 _COLUMNS = {"id": 17, "prompt": 8, "reward": 13, "margin": 6, "last/mean/attn": 14, "winner": 8}
-_HELD = 100  # results kept for the table; everything else is counted only
 
 
 class Summary:
-    """Counts results as they pass, and keeps the first ones for the table."""
+    """Counts results as they pass, and keeps the first ones, `table_rows` of them, for the table."""
 
-    def __init__(self) -> None:
+    def __init__(self, table_rows: int) -> None:
+        self.table_rows = table_rows
         self.shown: list[ScoredRow] = []
         self.errors: list[RowError] = []
         self.responses = 0
@@ -43,7 +43,7 @@ class Summary:
         self.truncated += any(score.truncated for score in result.scores)
         self.control_tokens += any(score.holds_control_tokens for score in result.scores)
         self.implicit_prompts += result.row.implicit_prompt
-        if len(self.shown) < _HELD:
+        if len(self.shown) < self.table_rows:
             self.shown.append(result)
         if result.row.kind == "pair" and not result.row.tie:
             counts = self.pairs.setdefault(str(result.row.extra.get("domain", "all")), [0, 0])
@@ -52,17 +52,17 @@ class Summary:
             chosen, rejected = (score.response_tokens for score in result.scores)
             self.longer[0 if chosen > rejected else 1 if chosen < rejected else 2] += 1
 
-    def print_table(self, console: Console, limit: int) -> None:
+    def print_table(self, console: Console) -> None:
         """One line a response list: reward, margin, view weights, winner."""
         table = Table(box=None, header_style="bold", pad_edge=False)
         for name, width in _COLUMNS.items():  # the prompt gives way where the terminal is narrow
             numeric = name in ("reward", "margin")
             table.add_column(name, no_wrap=True, min_width=width, justify="right" if numeric else "left")
-        for result in self.shown[:limit]:
+        for result in self.shown:
             margin, winner = "", ""
             if len(result.scores) > 1:
                 margin = f"{result.margin:+.2f}"
-                winner = _winner(result)
+                winner = str(result.winner) if result.row.kind == "pair" else f"#{result.winner}"
             rewards = " ".join(f"{score.reward:+.2f}" for score in result.scores[:4])
             prompt = result.row.prompt[-1].content if result.row.prompt else ""
             table.add_row(
@@ -74,7 +74,7 @@ class Summary:
                 winner,
             )
         console.print(table)
-        for error in self.errors[:limit]:
+        for error in self.errors[: self.table_rows]:
             console.print(f"[red]error[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
 
     def print_figures(self, console: Console, card: Path | None) -> None:
@@ -132,12 +132,6 @@ def _card_rows(card: Path | None, domains: list[str]) -> list[tuple[str, list[st
 
 def _percent(part: float, whole: int) -> str:
     return f"{100 * part / whole:.1f}" if whole else ""
-
-
-def _winner(result: ScoredRow) -> str:
-    if result.row.kind != "pair":
-        return f"#{result.ranking[0]}"
-    return "chosen" if result.margin > 0 else "rejected" if result.margin < 0 else "tie"
 
 
 def _weights(score: Score) -> str:

@@ -91,7 +91,7 @@ def _check_target(target: str) -> str:
     if target == STDIN:
         return STDIN
     for extension in sorted(EXTENSIONS, key=len, reverse=True):
-        if target.endswith(extension):
+        if target.lower().endswith(extension):
             break
     else:
         raise DataFileError(f"{target}: unknown extension; expected one of {', '.join(EXTENSIONS)}, or '-'")

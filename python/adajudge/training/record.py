@@ -59,5 +59,6 @@ def draw_training_curve(history: Sequence[Mapping[str, Any]], path: str | Path) 
             if points:
                 axes.plot(*zip(*points, strict=True), marker=marker, label=label)
         axes.set(title=title, xlabel="step")
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     figure.savefig(path, dpi=150)
