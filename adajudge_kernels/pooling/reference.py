@@ -37,6 +37,12 @@ def dense_tokens(tables: LayoutTables, max_length: int) -> Tokens:
     return Tokens(index, valid, response)
 
 
+def tokens_in_view(tables: LayoutTables, max_length: int, response_only: bool) -> Tokens:
+    """What the attention view sees; what it does not see (and no other view reads) is as if it were not there."""
+    tokens = dense_tokens(tables, max_length)
+    return tokens._replace(valid=tokens.response) if response_only else tokens
+
+
 def gather(states: Tensor, tokens: Tokens) -> Tensor:
     """``[T, d] -> [B, L, d]`` in arithmetic precision, zero where there is no token (selected, not multiplied)."""
     if tokens.slot.numel() == 0:
@@ -134,11 +140,9 @@ def multi_view_pool_forward(
     response_only: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``z_L, z_M, z_A``, each ``[B, d]``, and the log-sum-exp ``[B]`` of the attention view."""
-    tokens = dense_tokens(tables, max_length)
+    tokens = tokens_in_view(tables, max_length, response_only)
     refined = mix_depths(states, depth_weights, tokens)
-    beta, log_sum_exp = attention_scores(
-        refined, weight, bias, tokens.response if response_only else tokens.valid
-    )
+    beta, log_sum_exp = attention_scores(refined, weight, bias, tokens.valid)
     last = sum_tokens(selected((tokens.slot == tables.last_response[:, None])[..., None], refined))
     return last, mean_over(refined, tokens.response), sum_tokens(refined * beta.unsqueeze(-1)), log_sum_exp
 
@@ -163,11 +167,10 @@ def multi_view_pool_backward(
     then ``dH_k,t = alpha_k g_t`` and ``dalpha_k = sum_t g_t . H_k,t``. The bias shifts all logits of a softmax
     alike: its gradient, ``sum_t dlogit_t``, is zero, and is returned as such instead of as rounding noise.
     """
-    tokens = dense_tokens(tables, max_length)
+    tokens = tokens_in_view(tables, max_length, response_only)
     refined = mix_depths(states, depth_weights, tokens)
-    mask = tokens.response if response_only else tokens.valid
     logits = sum_features(refined * upcast(weight)) + upcast(bias)
-    beta = torch.exp(torch.where(mask, logits - log_sum_exp[:, None], float("-inf")))
+    beta = torch.exp(torch.where(tokens.valid, logits - log_sum_exp[:, None], float("-inf")))
     dlogits = beta * ((refined - attention[:, None]) * grad_attention[:, None]).sum(dim=-1)
     is_last = (tokens.slot == tables.last_response[:, None]) & tokens.valid
     dmean = grad_mean / tokens.response.sum(dim=1, keepdim=True).clamp(min=1)
@@ -223,10 +226,9 @@ def attention_pool_forward(
     response_only: bool,
 ) -> tuple[Tensor, Tensor]:
     """``z_A [B, d]`` of one state, and the log-sum-exp ``[B]``."""
-    tokens = dense_tokens(tables, max_length)
+    tokens = tokens_in_view(tables, max_length, response_only)
     states = gather(hidden, tokens)
-    mask = tokens.response if response_only else tokens.valid
-    beta, log_sum_exp = attention_scores(states, weight, bias, mask)
+    beta, log_sum_exp = attention_scores(states, weight, bias, tokens.valid)
     return sum_tokens(states * beta.unsqueeze(-1)), log_sum_exp
 
 
@@ -242,11 +244,10 @@ def attention_pool_backward(
     response_only: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias: the attention terms of `multi_view_pool_backward`."""
-    tokens = dense_tokens(tables, max_length)
+    tokens = tokens_in_view(tables, max_length, response_only)
     states = gather(hidden, tokens)
-    mask = tokens.response if response_only else tokens.valid
     logits = sum_features(states * upcast(weight)) + upcast(bias)
-    beta = torch.exp(torch.where(mask, logits - log_sum_exp[:, None], float("-inf")))
+    beta = torch.exp(torch.where(tokens.valid, logits - log_sum_exp[:, None], float("-inf")))
     dlogits = beta * ((states - pooled[:, None]) * grad[:, None]).sum(dim=-1)
     dstates = beta[..., None] * grad[:, None] + dlogits[..., None] * upcast(weight)
     dhidden = add_to_tokens(dstates, tokens, hidden.shape[0], hidden.dtype)

@@ -177,7 +177,7 @@ def _views_forward(
         logits = tops
         if wide:
             logits = states[0].new_empty(chunks * CHUNK_TOKENS, dtype=acc)
-            _dots(states, alpha, weight, bias, tables, all_views, logits)
+            _dots(states, alpha, weight, bias, tables, all_views, response_only, logits)
         kernels.scan[(chunks, triton.cdiv(d, plan.block))](
             states,
             alpha,
@@ -260,7 +260,9 @@ def _views_backward(
     dweight_parts = states[0].new_empty(chunks, d, dtype=acc)
     with _device(states[0]):
         if wide:
-            _dots(states, alpha, weight, bias, tables, all_views, logits, attention, pooled, dots)
+            _dots(
+                states, alpha, weight, bias, tables, all_views, response_only, logits, attention, pooled, dots
+            )
         kernels.scan_backward[(chunks, blocks)](
             states,
             tuple(dstates),
@@ -329,6 +331,7 @@ def _dots(
     bias: Tensor,
     tables: LayoutTables,
     weighted: bool,
+    response_only: bool,
     logits: Tensor,
     grad: Tensor | None = None,
     pooled: Tensor | None = None,
@@ -342,6 +345,7 @@ def _dots(
         bias,
         logits if grad is None else grad,
         logits if pooled is None else pooled,
+        tables.roles,
         tables.sequences,
         tables.chunks,
         logits,
@@ -349,6 +353,7 @@ def _dots(
         D=states[0].shape[1],
         K=len(states),
         WEIGHTED=weighted,
+        RESPONSE_ONLY=response_only,
         BACKWARD=grad is not None,
         **_constants(plan, logits.dtype),
     )

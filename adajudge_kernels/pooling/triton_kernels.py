@@ -38,6 +38,14 @@ def _mixed(states, alpha, rows, mask, K: tl.constexpr, WEIGHTED: tl.constexpr, A
 
 
 @triton.jit
+def _read(valid, role, PROMPTS: tl.constexpr, RESPONSES: tl.constexpr):
+    """The tokens whose states are wanted; no other's are loaded."""
+    if PROMPTS and RESPONSES:
+        return valid  # and no load waits for the roles
+    return valid & (role == (PROMPT if PROMPTS else RESPONSE))
+
+
+@triton.jit
 def scan(
     states,
     alpha,
@@ -95,8 +103,13 @@ def scan(
         slot = tl.where(position < first, start0 + position, start1 + position - first)
         role = tl.load(roles + slot, mask=valid, other=0)
         rows = slot.to(tl.int64)[:, None] * D + columns[None, :]
-        mask = valid[:, None] & inside[None, :]
-        h = _mixed(states, alpha + b * K, rows, mask, K, WEIGHTED, ACC)
+        seen = _read(
+            valid,
+            role,
+            PROMPT_SUM or (ATTENTION and not RESPONSE_ONLY),
+            RESPONSE_SUM or ATTENTION or LAST,
+        )
+        h = _mixed(states, alpha + b * K, rows, seen[:, None] & inside[None, :], K, WEIGHTED, ACC)
         if PROMPT_SUM:
             prompt_sum += tl.sum(tl.where((role == PROMPT)[:, None], h, 0.0), axis=0)
         if RESPONSE_SUM:
@@ -111,7 +124,6 @@ def scan(
                 logit = tl.load(logits + chunk * CHUNK + step + tl.arange(0, TOKENS), mask=valid, other=0.0)
             else:
                 logit = tl.sum(h * w[None, :], axis=1) + shift
-            seen = (valid & (role == RESPONSE)) if RESPONSE_ONLY else valid
             logit = tl.where(seen, logit, float("-inf"))
             new_top = tl.maximum(top, tl.max(logit))
             safe = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -252,6 +264,7 @@ def dots(
     bias,
     grad,
     pooled,
+    roles,
     sequences,
     chunks,
     logits,
@@ -259,6 +272,7 @@ def dots(
     D: tl.constexpr,
     K: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    RESPONSE_ONLY: tl.constexpr,
     BACKWARD: tl.constexpr,
     CHUNK: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -275,14 +289,14 @@ def dots(
         position = begin + step + tl.arange(0, TOKENS)
         valid = position < length
         slot = tl.where(position < first, start0 + position, start1 + position - first)
+        seen = _read(valid, tl.load(roles + slot, mask=valid, other=0), not RESPONSE_ONLY, True)
         logit = tl.zeros((TOKENS,), ACC) + tl.load(bias).to(ACC)
         grad_dot = tl.zeros((TOKENS,), ACC)
         for start in range(0, D, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             inside = columns < D
             rows = slot.to(tl.int64)[:, None] * D + columns[None, :]
-            mask = valid[:, None] & inside[None, :]
-            h = _mixed(states, alpha + b * K, rows, mask, K, WEIGHTED, ACC)
+            h = _mixed(states, alpha + b * K, rows, seen[:, None] & inside[None, :], K, WEIGHTED, ACC)
             w = tl.load(weight + columns, mask=inside, other=0.0).to(ACC)
             logit += tl.sum(h * w[None, :], axis=1)
             if BACKWARD:
@@ -361,7 +375,8 @@ def scan_backward(
         slot = tl.where(position < first, start0 + position, start1 + position - first)
         role = tl.load(roles + slot, mask=valid, other=0)
         rows = slot.to(tl.int64)[:, None] * D + columns[None, :]
-        mask = valid[:, None] & inside[None, :]
+        seen = _read(valid, role, not RESPONSE_ONLY, True)
+        mask = seen[:, None] & inside[None, :]
         scalars = chunk * CHUNK + step + tl.arange(0, TOKENS)
         h = _mixed(states, alpha + b * K, rows, mask, K, WEIGHTED, ACC)
         if DOTS_GIVEN:
@@ -370,7 +385,6 @@ def scan_backward(
         else:
             logit = tl.sum(h * w[None, :], axis=1) + shift
             grad_dot = tl.sum((h - z[None, :]) * g_attention[None, :], axis=1)
-        seen = (valid & (role == RESPONSE)) if RESPONSE_ONLY else valid
         beta = tl.where(seen, tl.exp(tl.where(seen, logit, lse) - lse), 0.0)
         d_logit = tl.where(seen, beta * grad_dot, 0.0)
         g = beta[:, None] * g_attention[None, :] + d_logit[:, None] * w[None, :]
@@ -381,7 +395,7 @@ def scan_backward(
             if tl.max(is_last.to(tl.int32)) > 0:
                 g_last = tl.load(grad_last + b * D + columns, mask=inside, other=0.0)
                 g += tl.where(is_last[:, None], g_last[None, :], 0.0)
-        own = (mask & (position >= first)[:, None]) if SHARED else mask
+        own = (valid & (position >= first) if SHARED else valid)[:, None] & inside[None, :]
         for k in tl.static_range(K):
             d_state = g
             if WEIGHTED:

@@ -210,6 +210,25 @@ def test_padding_reaches_no_output_and_no_gradient(operation, poison, kind, devi
             assert not over_tokens(name) or not x.grad[source < 0].any()
 
 
+@pytest.mark.parametrize("operation", [POOLING[i] for i in (2, 3, 7)], ids=lambda op: op.name)
+@pytest.mark.parametrize(("kind", "d"), [*((kind, 12) for kind in LAYOUTS), ("shared", 9000)])
+def test_what_only_responses_decide_reads_no_prompt(operation, kind, d, device):
+    layout, source = RAGGED.lay_out(kind, device)
+    prompt = torch.ones(RAGGED.num_tokens, dtype=torch.bool)
+    for sequence in RAGGED.sequences:
+        prompt[[row for row, r in zip(sequence.rows, sequence.response, strict=True) if r]] = False
+    clean = cast(operation.draw(RAGGED, d, 2), torch.float32, device)
+    poisoned = {
+        name: x.detach().masked_fill(prompt.to(device)[:, None], float("nan")).requires_grad_()
+        if over_tokens(name)
+        else x.detach().requires_grad_()
+        for name, x in clean.items()
+    }
+    expected, got = (run_operation(operation, x, layout, source) for x in (clean, poisoned))
+    assert all(torch.equal(a, b) for a, b in zip(expected[0], got[0], strict=True))
+    assert all(torch.equal(expected[1][name], got[1][name]) for name in clean)
+
+
 @pytest.mark.parametrize("tokens", ["all", "response"])
 @given(data=st.data())
 @generated
