@@ -6,14 +6,15 @@ backend is never silently replaced: where it cannot serve, the call raises and s
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import logging
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -47,8 +48,7 @@ _forced: dict[str, str] = {}
 _logged: set[tuple[str, str]] = set()
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """A backend's name and the reason why it serves the call."""
 
     backend: str
@@ -138,6 +138,7 @@ def _servable(source: str, backend: str, device: torch.device, family: str) -> s
     return backend
 
 
+@functools.cache
 def load(family: str, backend: str) -> ModuleType:
     """The module that serves the operations of `family` (e.g. ``"pooling"``) under `backend`."""
     return importlib.import_module(f"adajudge_kernels.{family}.{backend}")

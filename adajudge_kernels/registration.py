@@ -8,12 +8,14 @@ chosen before the call; the forward's choice serves the backward too.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.library import CustomOpDef, custom_op
+from torch.nn import Parameter
 
 from adajudge_kernels import backends
 
@@ -28,13 +30,81 @@ def fresh(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], CustomOpDef]:
+class Operation:
+    """An operation that can be called in two ways, with the same body and the same autograd.
+
+    Under ``torch.compile``, ``torch.export``, ``torch.func`` and torch's dispatch modes it is the opaque operator
+    ``torch.ops.adajudge.<name>``. In plain eager mode it is called directly: the operator's own way there, through the
+    dispatcher and back into Python, costs more than all the rest of a call (docs/eager-cost.md).
+    """
+
+    def __init__(self, name: str, run: Callable[..., Any], definition: CustomOpDef) -> None:
+        self._run, self._definition = run, definition
+        self._opaque = getattr(torch.ops.adajudge, name).default
+        self._gradients: Callable[..., Any] | None = None
+        self._context: Callable[..., None] | None = None
+
+    def register_autograd(
+        self, gradients: Callable[..., Any], *, setup_context: Callable[..., None] | None = None
+    ) -> None:
+        """As ``torch.library.register_autograd``; a list of tensors gets a list of gradients."""
+        self._definition.register_autograd(gradients, setup_context=setup_context)
+        self._gradients, self._context = gradients, setup_context
+
+    def __call__(self, *args: Any) -> Any:
+        """Run on the arguments of the body, in its order."""
+        if torch.compiler.is_compiling() or not _in_plain_eager():
+            return self._opaque(*args)
+        wants_gradient = False
+        for arg in args:
+            for x in arg if isinstance(arg, list) else (arg,):
+                if isinstance(x, Tensor):
+                    if type(x) is not Tensor and type(x) is not Parameter:
+                        return self._opaque(*args)
+                    wants_gradient = wants_gradient or x.requires_grad
+        if not wants_gradient or not torch.is_grad_enabled():
+            return self._run(*args)
+        if (
+            self._context is None
+        ):  # a backward operation: its autograd says that there is no second derivative
+            return self._opaque(*args)
+        lengths = [len(arg) if isinstance(arg, list) else None for arg in args]
+        flat = [x for arg in args for x in (arg if isinstance(arg, list) else (arg,))]
+        return _Direct.apply(self, lengths, *flat)
+
+
+class _Direct(torch.autograd.Function):
+    """An operation's forward and backward without an operator around them; lists of tensors are passed flat."""
+
+    @staticmethod
+    def forward(ctx: Any, operation: Operation, lengths: list[int | None], *flat: Any) -> Any:
+        rest = iter(flat)
+        args = [next(rest) if n is None else list(itertools.islice(rest, n)) for n in lengths]
+        ctx.operation = operation
+        output = operation._run(*args)
+        assert operation._context is not None
+        operation._context(ctx, tuple(args), output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        gradients = ctx.operation._gradients(ctx, *grads)
+        flat = [x for g in gradients for x in (g if isinstance(g, list) else (g,))]
+        return None, None, *flat
+
+
+def _in_plain_eager() -> bool:
+    """No dispatch mode (fake tensors, proxies, ..) and no functorch transform is active."""
+    return torch._C._len_torch_dispatch_stack() == 0 and not torch._C._are_functorch_transforms_active()
+
+
+def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Operation]:
     """Register the decorated function as ``adajudge::name``; `fake` gives its outputs' shapes and dtypes.
 
     The body runs with autocast off: operations do their arithmetic in fp32 whatever is around them.
     """
 
-    def register(body: Callable[..., Any]) -> CustomOpDef:
+    def register(body: Callable[..., Any]) -> Operation:
         @functools.wraps(body)
         def run(*args: Any, **kwargs: Any) -> Any:
             backends.log_once(name.removesuffix("_backward"), args[-1] if args else kwargs["backend"])
@@ -46,11 +116,12 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
         schema = torch.library.infer_schema(body, mutates_args=())
         definition = custom_op(f"adajudge::{name}", run, mutates_args=(), schema=schema)
         definition.register_fake(fake)
+        operation = Operation(name, run, definition)
         if name.endswith("_backward"):
-            definition.register_autograd(
+            operation.register_autograd(
                 functools.partial(_no_double_backward, name.removesuffix("_backward"))
             )
-        return definition
+        return operation
 
     return register
 
