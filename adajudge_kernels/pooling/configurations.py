@@ -1,26 +1,47 @@
 """How the pooling kernels cut their work: tokens and features per step, warps, stages.
 
-A configuration depends on the kernel, the row (d, dtype, K) and nothing else of the call: not on lengths or batch, so
-that a sequence's bits never depend on them.
+A configuration depends on the kernel and the row (d, K, dtype) and on nothing else of the call: not on lengths or batch,
+so that a sequence's bits never depend on them, and nothing is compiled or tuned anew when they change.
+
+The table of defaults is small and the same for all architectures: what bounds a step is the register file, 64 Ki registers
+an SM on all of them, and shared memory is hardly used. Its figures come from compile reports (no spills, 128 registers a
+thread and less where K allows it). ``python -m adajudge_kernels.tune`` measures alternatives on the GPU at hand and keeps
+what is faster in a file of the user's cache folder, which is read here.
 """
 
 from __future__ import annotations
 
+import functools
+import json
+import logging
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from adajudge_kernels.layout import CHUNK_TOKENS
+
+logger = logging.getLogger("adajudge_kernels")
 
 WIDEST_ROW = {"scan": 8192, "scan_backward": 4096}
 """Features that one program can hold whole, with the running sums beside them, in its registers: wider rows spill. The
 other kernels need no whole row."""
 
+WIDEST_PART = 1024
+"""Features of a step of the kernels that need no whole row."""
+
 COMBINED_CHUNKS = 16
 """Chunks that a combining program loads at once."""
 
+FOLDER_VARIABLE = "ADAJUDGE_CACHE"
+
 
 class Tile(NamedTuple):
-    """Tokens and features (a power of two) of one step, and what runs it."""
+    """Tokens and features (powers of two) of one step, and what runs it."""
 
     tokens: int
     block: int
@@ -28,20 +49,118 @@ class Tile(NamedTuple):
     stages: int = 1
 
 
+class _Step(NamedTuple):
+    """What a step may hold: numbers (tokens times features) and how many of them a thread."""
+
+    numbers: int
+    per_thread: int
+    most_tokens: int = 16
+
+
+# By kernel, and for the backward by K: its registers grow with the states.
+_STEPS = {
+    "scan": _Step(8192, 16),
+    "scan_backward": _Step(2048, 8),
+    "scan_backward, K > 3": _Step(4096, 16),
+    "dots": _Step(4096, 16),
+    "sums": _Step(4096, 16),
+    "spread_means": _Step(4096, 16),
+    "spread_attention": _Step(2048, 16, 8),
+}
+
+
+_forced: dict[str, Tile] = {}
+
+
 def tile(kernel: str, d: int, depths: int, dtype: torch.dtype) -> Tile:
     """The configuration of `kernel` for rows of `d` features, K = `depths`, states of `dtype`."""
-    row = max(16, 1 << (d - 1).bit_length())
-    block = row if d <= WIDEST_ROW.get(kernel, 0) else min(row, 1024)
+    return _forced.get(kernel) or _chosen(kernel, d, depths, dtype)
+
+
+@contextmanager
+def forced_tile(kernel: str, forced: Tile) -> Iterator[None]:
+    """Give one kernel a configuration in the block, for measuring."""
+    _forced[kernel] = forced
+    try:
+        yield
+    finally:
+        del _forced[kernel]
+
+
+@functools.cache
+def _chosen(kernel: str, d: int, depths: int, dtype: torch.dtype) -> Tile:
+    default = default_tile(kernel, d, depths)
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return Tile(64, block, 4)  # the interpreter's cost is the number of steps
-    if kernel == "scan_backward":
-        tokens = max(1, 2048 // block)
-    elif kernel == "scan":
-        tokens = max(1, 8192 // block)
-    else:
-        tokens = max(1, 4096 // block)
-    tokens = min(tokens, 16)
-    per_thread = (
-        8 if kernel == "scan_backward" and depths > 4 else 16
-    )  # more states, more registers an element
-    return Tile(tokens, block, min(16, max(4, tokens * block // (32 * per_thread))))
+        return Tile(CHUNK_TOKENS, default.block, 4)  # the interpreter's cost is the number of steps
+    return measured_tiles().get(key(kernel, d, depths, dtype), default)
+
+
+def default_tile(kernel: str, d: int, depths: int) -> Tile:
+    """What the table says, without a measurement."""
+    row = max(16, 1 << (d - 1).bit_length())
+    block = row if d <= WIDEST_ROW.get(kernel, 0) else min(row, WIDEST_PART)
+    step = _STEPS["scan_backward, K > 3" if kernel == "scan_backward" and depths > 3 else kernel]
+    tokens = min(step.most_tokens, max(1, step.numbers // block))
+    return Tile(tokens, block, min(16, max(4, tokens * block // (32 * step.per_thread))))
+
+
+def candidates(kernel: str, d: int, depths: int) -> list[Tile]:
+    """Tiles that are worth a measurement, the default first; all of them compute the same, up to rounding."""
+    default = default_tile(kernel, d, depths)
+    found = [default]
+    for tokens in (1, 2, 4, 8, 16, 32):
+        for warps in (2, 4, 8, 16):
+            per_thread = tokens * default.block // (32 * warps)
+            if 4 <= per_thread <= 32:
+                found += [Tile(tokens, default.block, warps, stages) for stages in (1, 2, 3)]
+    return list(dict.fromkeys(found))
+
+
+def key(kernel: str, d: int, depths: int, dtype: torch.dtype) -> str:
+    """The name of a configuration in the file of measured ones."""
+    return f"{kernel} d={d} K={depths} {str(dtype).removeprefix('torch.')}"
+
+
+def measured_file() -> Path | None:
+    """Where measured configurations of this process's GPU are kept (all its GPUs are taken to be alike)."""
+    if not torch.cuda.is_available():
+        return None
+    name = re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name(0)).strip("-")
+    folder = os.environ.get(FOLDER_VARIABLE) or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "adajudge_kernels"
+    )
+    return Path(folder) / f"tiles-{name}.json"
+
+
+@functools.cache
+def measured_tiles() -> dict[str, Tile]:
+    """The configurations of the measured file; none, and a warning, if it cannot be used."""
+    path = measured_file()
+    if path is None or not path.is_file():
+        return {}
+    try:
+        tiles = {name: _checked(name, entry) for name, entry in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        logger.warning("%s is not used: %s; python -m adajudge_kernels.tune writes a new one", path, error)
+        return {}
+    logger.info("%d measured configurations from %s", len(tiles), path)
+    return tiles
+
+
+def _checked(name: str, entry: object) -> Tile:
+    """A tile of the file; one that the kernels cannot run, or that would cut a chunk apart, is an error."""
+    if not isinstance(entry, dict) or set(entry) != set(Tile._fields):
+        raise ValueError(f"{name}: {entry!r} came, expected {', '.join(Tile._fields)}")
+    found = Tile(**entry)
+    kernel, d, depths = re.fullmatch(r"(\w+) d=(\d+) K=(\d) \w+", name).groups()  # type: ignore[union-attr]
+    powers = all(isinstance(x, int) and x > 0 and x & (x - 1) == 0 for x in found[:3])
+    fits = powers and found.tokens <= CHUNK_TOKENS and found.warps <= 32 and found.stages in range(1, 9)
+    if not fits or found.block != default_tile(kernel, int(d), int(depths)).block:
+        raise ValueError(f"{name}: {entry!r} is no configuration of this kernel")
+    return found
+
+
+def forget() -> None:
+    """Read the file anew at the next call."""
+    _chosen.cache_clear()
+    measured_tiles.cache_clear()

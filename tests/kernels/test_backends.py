@@ -118,3 +118,24 @@ def test_cuda_tensors_go_to_triton_where_it_is_installed(monkeypatch):
     for found, backend in ((True, "triton"), (False, "reference")):
         monkeypatch.setattr(backends, "_TRITON_FOUND", found)
         assert backends.choose_backend(torch.device("cuda"), "pooling").backend == backend
+
+
+def test_everything_but_triton_works_where_triton_is_not_installed():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+import adajudge_kernels as ak
+from adajudge_kernels import backends, env, tune
+assert ak.available_backends() == ["reference"], ak.available_backends()
+assert "triton is not installed" in backends.unavailable_reason("triton")
+assert backends.choose_backend(torch.device("cuda"), "pooling").backend == "reference"
+layout = ak.SequenceLayout.packed([1], [2])
+hidden = torch.randn(3, 8, requires_grad=True)
+ak.AdaJudgeHead(8)(hidden, layout).reward.sum().backward()
+assert hidden.grad.isfinite().all()
+assert env.main() == 0
+assert not any(name.startswith("triton.") for name in sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

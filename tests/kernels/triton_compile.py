@@ -13,6 +13,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+import adajudge_kernels as ak
+from adajudge_kernels.pooling import triton as pooling
+
+TRITON_VERSION = triton.__version__
 NVIDIA = {arch: GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)}
 AMD = {"gfx942": GPUTarget("hip", "gfx942", 64)}
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}  # bytes a block may use
@@ -116,3 +120,68 @@ def _resources(cubin):
             [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
+
+
+def pooling_launches(d, depths, dtype):
+    """The distinct launches of all pooling operations, forward and backward, on a packed and a shared layout."""
+    layouts = (
+        ak.SequenceLayout.packed([3, 2], [4, 70]),
+        ak.SequenceLayout.shared_prompts([3], [[2, 4]]),
+    )
+    with recorded_launches() as found:
+        for layout in layouts:
+            batch, tables, length = layout.num_sequences, layout.tables, layout.max_length
+            states = [torch.zeros(layout.num_tokens, d, dtype=dtype) for _ in range(depths)]
+            hidden, w, b = states[0], torch.zeros(d, dtype=dtype), torch.zeros(1, dtype=dtype)
+            gate = torch.zeros(depths, d, dtype=dtype), torch.zeros(depths, dtype=dtype)
+            alpha, grad, lse = torch.zeros(batch, depths), torch.zeros(batch, d), torch.zeros(batch)
+            rest = (w, b, grad, lse, tables, length, False)
+            pooling.multi_view_pool_forward(states, alpha, w, b, tables, length, False)
+            pooling.multi_view_pool_backward(grad, grad, grad, states, alpha, *rest)
+            pooling.attention_pool_forward(hidden, w, b, tables, length, False)
+            pooling.attention_pool_backward(grad, hidden, *rest)
+            pooling.depth_gate_forward(hidden, *gate, tables, length)
+            pooling.depth_gate_backward(alpha, grad, alpha, grad, gate[0], tables, length, dtype)
+            for which in ("response", "prompt", "all"):
+                pooling.masked_mean_pool_forward(hidden, tables, length, which)
+                pooling.masked_mean_pool_backward(grad, tables, length, which, dtype)
+    return list(found)
+
+
+_VARIANTS = {  # constants that tell the launches of a kernel apart, as a reader would call them
+    "VIEWS": "three views",
+    "SHARED": "shared prompts",
+    "ATTENTION": "attention",
+    "LAST": "last",
+    "PROMPT_SUM": "prompt sum",
+    "RESPONSE_SUM": "response sum",
+    "PROMPT_MEAN": "prompt mean",
+    "RESPONSE_MEAN": "response mean",
+    "ALL_MEAN": "mean of all",
+}
+
+
+def resource_table(d, depths, dtype):
+    """Markdown: registers a thread and shared memory a block of every launch, by architecture. None of them spills."""
+    lines = [
+        "| kernel | variant | tokens x features, warps | "
+        + " | ".join(f"sm_{arch}" for arch in NVIDIA)
+        + " |",
+        "| --- | --- | --- |" + " --- |" * len(NVIDIA),
+    ]
+    for launch in pooling_launches(d, depths, dtype):
+        constants = dict(launch.constants)
+        variant = ", ".join(text for name, text in _VARIANTS.items() if constants.get(name))
+        step = f"{constants.get('TOKENS', constants.get('ROWS', 1))} x {constants.get('BLOCK', 1)}"
+        cells = [f"`{launch.name}`", variant, f"{step}, {dict(launch.options)['num_warps']}"]
+        for target in NVIDIA.values():
+            compiled = compile_launch(launch, target)
+            cells.append(f"{compiled.registers}, {compiled.shared / 1024:.1f} KiB")
+        line = "| " + " | ".join(cells) + " |"
+        if line not in lines:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(resource_table(4096, 3, torch.bfloat16))

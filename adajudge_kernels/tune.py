@@ -1,0 +1,140 @@
+"""``python -m adajudge_kernels.tune``: measure the Triton pooling kernels' configurations on this GPU, keep the best.
+
+Each kernel is timed inside the operation that launches it, on a batch of random states, with every candidate of
+`pooling.configurations.candidates`; what beats the default by more than two per cent goes into the measured file, which
+later processes read. Nothing is tuned during training or scoring.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from adajudge_kernels.layout import SequenceLayout
+from adajudge_kernels.pooling import configurations
+from adajudge_kernels.pooling.configurations import Tile
+from adajudge_kernels.pooling.ops import depth_gate, masked_mean_pool, multi_view_pool
+
+Measure = Callable[[Callable[[], object]], float]
+
+_WORTH = 0.98  # of the default's time: less of a gain is noise
+
+
+def operations(
+    d: int, depths: int, dtype: torch.dtype, tokens: int, device: torch.device
+) -> dict[str, Callable[[], object]]:
+    """By kernel, a call of an operation that launches it."""
+    count = max(1, tokens // 1024)
+    packed = SequenceLayout.packed([512] * count, [512] * count, device)
+    shared = SequenceLayout.shared_prompts([512] * count, [[128] * 4] * count, device)
+
+    def random(*shape: int, gradient: bool = True) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype).requires_grad_(gradient)
+
+    states = [random(packed.num_tokens, d) for _ in range(depths)]
+    weight, bias = random(d), random(1)
+    gate_weight, gate_bias = random(depths, d), random(depths)
+
+    def pool(layout: SequenceLayout) -> Tensor:
+        alpha = torch.full((layout.num_sequences, depths), 1 / depths, device=device)
+        return torch.cat(multi_view_pool(states, alpha, weight, bias, layout))
+
+    def gradients(output: Tensor, inputs: Sequence[Tensor]) -> Callable[[], object]:
+        grad = torch.randn_like(output)
+        return lambda: torch.autograd.grad(output, inputs, grad, retain_graph=True)
+
+    found: dict[str, Callable[[], object]] = {
+        "scan": torch.no_grad()(lambda: pool(packed)),
+        "scan_backward": gradients(pool(packed), states),
+        "sums": torch.no_grad()(lambda: depth_gate(states[0], gate_weight, gate_bias, packed)),
+        "spread_means": gradients(masked_mean_pool(states[0], packed, "all"), states[:1]),
+        "spread_attention": gradients(pool(shared), states),
+    }
+    if d > min(configurations.WIDEST_ROW.values()):
+        found["dots"] = found["scan_backward"]
+    return found
+
+
+def tune(
+    d: int, depths: int, dtype: torch.dtype, calls: dict[str, Callable[[], object]], measure: Measure
+) -> dict[str, Tile]:
+    """The measured configurations that are worth keeping, by their key; prints a line for each kernel.
+
+    Args:
+        d, depths, dtype: of the rows.
+        calls: as of `operations`.
+        measure: milliseconds of a call; it may raise where a candidate cannot run.
+    """
+    kept: dict[str, Tile] = {}
+    for kernel, call in calls.items():
+        # Kernels of one state are looked up under K = 1.
+        own_depths = 1 if kernel in ("sums", "spread_means") else depths
+        times: dict[Tile, float] = {}
+        for candidate in configurations.candidates(kernel, d, own_depths):
+            with configurations.forced_tile(kernel, candidate):
+                try:
+                    times[candidate] = measure(call)
+                except RuntimeError as error:  # out of resources
+                    print(f"  {kernel} {candidate}: {str(error).splitlines()[0]}", file=sys.stderr)
+        default = configurations.default_tile(kernel, d, own_depths)
+        if default not in times:
+            raise RuntimeError(f"{kernel}: its default {default} does not run here")
+        best = min(times, key=lambda candidate: times[candidate])
+        gain = times[best] / times[default]
+        print(f"{kernel:<18} default {times[default]:.4f} ms, best {times[best]:.4f} ms ({gain:.2f}): {best}")
+        if gain < _WORTH:
+            kept[configurations.key(kernel, d, own_depths, dtype)] = best
+    return kept
+
+
+def write(found: dict[str, Tile]) -> str:
+    """Add configurations to the measured file; returns its path."""
+    path = configurations.measured_file()
+    assert path is not None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = {name: tile._asdict() for name, tile in configurations.measured_tiles().items()}
+    merged = known | {name: tile._asdict() for name, tile in found.items()}
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n")
+    partial.replace(path)
+    configurations.forget()
+    return str(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Tune the rows asked for; exit code 2 where there is no GPU or no triton."""
+    parser = argparse.ArgumentParser(
+        prog="python -m adajudge_kernels.tune",
+        description=(__doc__ or "").split("\n\n")[0],
+        allow_abbrev=False,
+    )
+    parser.add_argument("--features", type=int, nargs="+", default=[2560, 4096], help="d; default 2560 4096")
+    parser.add_argument("--depths", type=int, nargs="+", default=[3], help="K; default 3")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--tokens", type=int, default=32768, help="of the batch that is measured")
+    args = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("adajudge_kernels.tune: torch finds no GPU", file=sys.stderr)
+        return 2
+    try:
+        from triton.testing import do_bench
+    except ImportError:
+        print("adajudge_kernels.tune: triton is not installed", file=sys.stderr)
+        return 2
+    dtype, device = getattr(torch, args.dtype), torch.device("cuda")
+    for d in args.features:
+        for depths in args.depths:
+            print(f"d={d} K={depths} {args.dtype}, {args.tokens} tokens")
+            calls = operations(d, depths, dtype, args.tokens, device)
+            found = tune(d, depths, dtype, calls, lambda call: do_bench(call, return_mode="median"))
+            print(f"{len(found)} of {len(calls)} kept in {write(found)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""What only a GPU can show: huge tensors, graphs, streams, memory. Run by `make test-gpu` for every backend there."""
+
+import pytest
+import torch
+
+import adajudge_kernels as ak
+from tests.kernels.batches import LONG, RAGGED
+from tests.kernels.comparison import cast, run_operation, weighted_sum
+from tests.kernels.operations import POOLING
+
+pytestmark = pytest.mark.gpu
+pooling = pytest.mark.parametrize("operation", POOLING, ids=lambda op: op.name)
+
+
+@pytest.fixture(autouse=True)
+def only_on_a_gpu(device):
+    if device.type != "cuda":
+        pytest.skip("the test is of a GPU")
+
+
+def draw(operation, batch, d, depths, dtype, device):
+    return cast(operation.draw(batch, d, depths), dtype, device)
+
+
+@pooling
+def test_a_captured_graph_gives_the_bits_of_a_plain_call(operation, device):
+    layout, _ = LONG.lay_out("shared", device)
+    inputs = draw(operation, LONG, 64, 3, torch.bfloat16, device)
+
+    def step():
+        outputs = operation.call(inputs, layout)
+        leaves = [x for x in inputs.values() if x.requires_grad]
+        return *outputs, *torch.autograd.grad(weighted_sum(outputs), leaves, allow_unused=True)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        for name, x in operation.draw(LONG, 64, 3).items():
+            inputs[name].data.copy_(x)
+        graph.replay()
+        torch.cuda.synchronize()
+        expected = step()
+        for a, b in zip(captured, expected, strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pooling
+def test_work_is_queued_on_the_callers_stream(operation, device):
+    """The states are written late, on a side stream; a kernel on any other stream would read them before that."""
+    layout, _ = LONG.lay_out("packed", device)
+    tokens = layout.num_tokens
+    inputs = {name: x.detach() for name, x in draw(operation, LONG, 64, 3, torch.float32, device).items()}
+    placed = {
+        name: torch.randn(tokens, 64, device=device) if x.shape[:1] == (LONG.num_tokens,) else x
+        for name, x in inputs.items()
+    }
+    expected = operation.call(placed, layout)
+    late = {name: torch.zeros_like(x) for name, x in placed.items()}
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(50_000_000)
+        for name, x in placed.items():
+            late[name].copy_(x)
+        outputs = operation.call(late, layout)
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+
+
+@pooling
+def test_no_output_depends_on_what_was_in_fresh_memory(operation, device):
+    """Two runs, before each of which all memory that the allocator may hand out is filled with another pattern."""
+    layout, source = RAGGED.lay_out("padded_left", device)
+    results = []
+    for fill in (float("nan"), 1e30):
+        torch.cuda.empty_cache()
+        blocks = [torch.full((size,), fill, device=device) for size in (64, 1024, 2**16, 2**20, 2**24)]
+        del blocks
+        inputs = draw(operation, RAGGED, 100, 3, torch.float32, device)
+        results.append(run_operation(operation, inputs, layout, source))
+        torch.manual_seed(0)
+    again = run_operation(operation, draw(operation, RAGGED, 100, 3, torch.float32, device), layout, source)
+    assert all(out.isfinite().all() for out in again[0])
+    for outputs, gradients in results:
+        assert all(out.isfinite().all() for out in outputs)
+        assert all(g is None or g.isfinite().all() for g in gradients.values())
+
+
+def test_more_than_two_to_the_31_elements(device):
+    """Offsets of elements are 64 bits wide: the last sequence of a long batch is read where it lies."""
+    d, length = 4096, 1024
+    count = 2**31 // (d * length) + 2
+    if torch.cuda.get_device_properties(device).total_memory < 40 * 2**30:
+        pytest.skip("needs 40 GiB of GPU memory")
+    if ak.backends.choose_backend(device, "pooling").backend == "reference":
+        pytest.skip("the reference gathers the states, which takes several times their memory")
+    layout = ak.SequenceLayout.packed([length // 2] * count, [length // 2] * count, device)
+    state = torch.randn(layout.num_tokens, d, device=device, dtype=torch.bfloat16).requires_grad_()
+    assert state.numel() > 2**31
+    weight, bias = torch.randn(d, device=device) / d**0.5, torch.zeros(1, device=device)
+    alpha = torch.ones(count, 1, device=device)
+    views = ak.multi_view_pool([state], alpha, weight, bias, layout)
+    sum(view.square().sum() for view in views).backward()
+    alone = ak.SequenceLayout.packed([length // 2], [length // 2], device)
+    last = state.detach()[-length:].clone().requires_grad_()
+    expected = ak.multi_view_pool([last], alpha[:1], weight, bias, alone)
+    sum(view.square().sum() for view in expected).backward()
+    assert all(torch.equal(a[-1], b[0]) for a, b in zip(views, expected, strict=True))
+    assert torch.equal(state.grad[-length:], last.grad)
+
+
+@pooling
+def test_memory_held_for_the_backward_is_small_beside_the_states(operation, device):
+    if ak.backends.choose_backend(device, "pooling").backend == "reference":
+        pytest.skip("the reference makes no claim to memory")
+    layout = ak.SequenceLayout.packed([1024] * 8, [1024] * 8, device)
+    d = 1024
+    inputs = {
+        "hidden": torch.randn(layout.num_tokens, d, device=device, dtype=torch.bfloat16),
+        "alpha": torch.full((8, 2), 0.5, device=device),
+        "weight": torch.randn((2, d) if operation.name == "depth_gate" else (d,), device=device),
+        "bias": torch.zeros(2 if operation.name == "depth_gate" else 1, device=device),
+    }
+    if operation.name.startswith("multi_view"):
+        inputs |= {"states0": inputs["hidden"], "states1": torch.randn_like(inputs["hidden"])}
+    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
+    operation.call(inputs, layout)  # compiled, tables loaded
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    outputs = operation.call(inputs, layout)
+    torch.cuda.synchronize()
+    state = layout.num_tokens * d * 2
+    assert torch.cuda.memory_allocated() - before <= 0.02 * state
+    assert torch.cuda.max_memory_allocated() - before <= 0.15 * state  # two fp32 vectors a chunk of 64 tokens
+    del outputs
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pooling
+def test_a_second_device(operation, device):
+    results = []
+    for index in (0, 1):
+        torch.manual_seed(0)
+        there = torch.device("cuda", index)
+        layout, source = RAGGED.lay_out("packed", there)
+        outputs, _ = run_operation(
+            operation, draw(operation, RAGGED, 64, 2, torch.float32, there), layout, source
+        )
+        results.append([out.cpu() for out in outputs])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -1,0 +1,109 @@
+"""Measured configurations: found, kept, read back, and refused where they are broken."""
+
+import json
+
+import pytest
+import torch
+
+from adajudge_kernels import tune
+from adajudge_kernels.pooling import configurations
+from adajudge_kernels.pooling.configurations import Tile, candidates, default_tile
+
+ROW = (4096, 3, torch.bfloat16)
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """The measured file of a GPU that is not here."""
+    path = tmp_path / "tiles-some-gpu.json"
+    monkeypatch.setattr(configurations, "measured_file", lambda: path)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    configurations.forget()
+    yield path
+    configurations.forget()
+
+
+def test_what_is_faster_is_kept_written_and_used(file):
+    favourite = candidates("scan", 4096, 3)[5]
+    seen = []
+
+    def measure(call):
+        used = configurations.tile("scan", *ROW)
+        seen.append(used)
+        return 1.0 if used == favourite else 2.0
+
+    found = tune.tune(*ROW, {"scan": lambda: None}, measure)
+    assert seen == candidates("scan", 4096, 3)
+    assert found == {"scan d=4096 K=3 bfloat16": favourite}
+    tune.write(found)
+    assert configurations.tile("scan", *ROW) == favourite
+    assert configurations.tile("scan", 4096, 2, torch.bfloat16) == default_tile("scan", 4096, 2)
+    tune.write({"sums d=4096 K=1 bfloat16": default_tile("sums", 4096, 1)})
+    assert configurations.tile("scan", *ROW) == favourite
+
+
+def test_a_gain_within_noise_keeps_the_default(file):
+    times = iter([1.0] + [0.99] * 100)
+    assert tune.tune(*ROW, {"scan": lambda: None}, lambda call: next(times)) == {}
+
+
+def test_candidates_that_do_not_run_are_passed_over(file):
+    def measure(call):
+        if configurations.tile("scan", *ROW) != default_tile("scan", 4096, 3):
+            raise RuntimeError("out of resource: registers")
+        return 1.0
+
+    assert tune.tune(*ROW, {"scan": lambda: None}, measure) == {}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"tokens": 3, "block": 4096, "warps": 8, "stages": 1},
+        {"tokens": 128, "block": 4096, "warps": 8, "stages": 1},
+        {"tokens": 2, "block": 2048, "warps": 8, "stages": 1},
+        {"tokens": 2, "block": 4096, "warps": 8},
+        [2, 4096, 8, 1],
+    ],
+)
+def test_a_broken_file_is_told_and_not_used(file, entry, caplog):
+    file.write_text(json.dumps({"scan d=4096 K=3 bfloat16": entry}))
+    assert configurations.tile("scan", *ROW) == default_tile("scan", 4096, 3)
+    assert "is not used" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text", ["{", '{"nonsense": {"tokens": 2, "block": 2, "warps": 4, "stages": 1}}', "[]"]
+)
+def test_a_file_of_something_else_is_told_and_not_used(file, text, caplog):
+    file.write_text(text)
+    assert configurations.tile("scan", *ROW) == default_tile("scan", 4096, 3)
+    assert "is not used" in caplog.text
+
+
+def test_every_kernel_has_a_call_that_launches_it():
+    """On the CPU the reference serves the calls; on a GPU they launch the kernels."""
+    calls = tune.operations(16, 2, torch.float32, 1024, torch.device("cpu"))
+    assert set(calls) | {"dots"} == {name.split(",")[0] for name in configurations._STEPS}
+    for call in calls.values():
+        call()
+
+
+def test_wide_rows_are_tuned_with_their_own_kernel():
+    assert "dots" in tune.operations(8192, 1, torch.float32, 1, torch.device("cpu"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_it_says_so(capsys):
+    assert tune.main([]) == 2
+    assert "no GPU" in capsys.readouterr().err
+
+
+def test_tiles_are_powers_of_two_within_a_chunk():
+    for kernel in ("scan", "scan_backward", "sums", "dots", "spread_means", "spread_attention"):
+        for d in (1, 40, 768, 4096, 16384):
+            for depths in (1, 3, 8):
+                for tile in candidates(kernel, d, depths):
+                    assert isinstance(tile, Tile)
+                    assert all(x & (x - 1) == 0 for x in tile[:3])
+                    assert tile.tokens <= configurations.CHUNK_TOKENS
