@@ -55,32 +55,37 @@ class Operation:
         """Run on the arguments of the body, in its order."""
         if torch.compiler.is_compiling() or not _in_plain_eager():
             return self._opaque(*args)
+        lengths: list[int | None] = []  # of the lists of tensors that take part in autograd
         wants_gradient = False
         for arg in args:
+            wanted = False
             for x in arg if isinstance(arg, list) else (arg,):
                 if isinstance(x, Tensor):
                     if type(x) is not Tensor and type(x) is not Parameter:
                         return self._opaque(*args)
-                    wants_gradient = wants_gradient or x.requires_grad
+                    wanted = wanted or x.requires_grad
+            lengths.append(len(arg) if wanted and isinstance(arg, list) else None)
+            wants_gradient = wants_gradient or wanted
         if not wants_gradient or not torch.is_grad_enabled():
             return self._run(*args)
         if (
             self._context is None
         ):  # a backward operation: its autograd says that there is no second derivative
             return self._opaque(*args)
-        lengths = [len(arg) if isinstance(arg, list) else None for arg in args]
-        flat = [x for arg in args for x in (arg if isinstance(arg, list) else (arg,))]
+        flat: list[Any] = []
+        for arg, length in zip(args, lengths, strict=True):
+            flat += [arg] if length is None else arg
         return _Direct.apply(self, lengths, *flat)
 
 
 class _Direct(torch.autograd.Function):
-    """An operation's forward and backward without an operator around them; lists of tensors are passed flat."""
+    """An operation's forward and backward without an operator around them; lists that want gradients come flat."""
 
     @staticmethod
     def forward(ctx: Any, operation: Operation, lengths: list[int | None], *flat: Any) -> Any:
         rest = iter(flat)
         args = [next(rest) if n is None else list(itertools.islice(rest, n)) for n in lengths]
-        ctx.operation = operation
+        ctx.operation, ctx.lengths = operation, lengths
         output = operation._run(*args)
         assert operation._context is not None
         operation._context(ctx, tuple(args), output)
@@ -89,7 +94,12 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         gradients = ctx.operation._gradients(ctx, *grads)
-        flat = [x for g in gradients for x in (g if isinstance(g, list) else (g,))]
+        flat: list[Tensor | None] = []
+        for gradient, length in zip(gradients, ctx.lengths, strict=True):
+            if length is not None:
+                flat += gradient
+            else:
+                flat.append(None if isinstance(gradient, list) else gradient)
         return None, None, *flat
 
 

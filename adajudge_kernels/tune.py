@@ -75,13 +75,13 @@ def tune(
         # Kernels of one state are looked up under K = 1.
         own_depths = 1 if kernel in ("sums", "spread_means") else depths
         times: dict[Tile, float] = {}
-        for candidate in configurations.candidates(kernel, d, own_depths):
+        for candidate in configurations.candidates(kernel, d, own_depths, dtype):
             with configurations.forced_tile(kernel, candidate):
                 try:
                     times[candidate] = measure(call)
                 except RuntimeError as error:  # out of resources
                     print(f"  {kernel} {candidate}: {str(error).splitlines()[0]}", file=sys.stderr)
-        default = configurations.default_tile(kernel, d, own_depths)
+        default = configurations.default_tile(kernel, d, own_depths, dtype)
         if default not in times:
             raise RuntimeError(f"{kernel}: its default {default} does not run here")
         best = min(times, key=lambda candidate: times[candidate])

@@ -18,14 +18,22 @@ def table(path):
     for group, sides in groups.items():
         ours = sides.pop("adajudge_kernels")
         info, median = ours["extra_info"], ours["stats"]["median"]
+        case = group
+        if "shape" in info:
+            dtype = info["dtype"].removeprefix("torch.")
+            case += f", {info['shape']}, {dtype}, {info['backend']} on {info['device']}"
+        share = info.get("share_of_read_bandwidth")
+        reached = "" if share is None else f"{100 * share:.0f} %"
         for name, other in sides.items():
-            ratio = other["stats"]["median"] / median
+            seconds = other["stats"]["median"]
             lines.append(
-                f"| {group}, {info['shape']}, {info['dtype'].removeprefix('torch.')}, {info['backend']} on {info['device']} "
-                f"| {1e3 * median:.1f} ms | {name} {1e3 * other['stats']['median']:.1f} ms | {ratio:.2f}x "
-                f"| {100 * info['share_of_read_bandwidth']:.0f} % |"
+                f"| {case} | {_time(median)} | {name} {_time(seconds)} | {seconds / median:.2f}x | {reached} |"
             )
     return "\n".join(lines)
+
+
+def _time(seconds):
+    return f"{1e3 * seconds:.1f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.0f} us"
 
 
 if __name__ == "__main__":

@@ -52,5 +52,4 @@ def test_eager_cost(benchmark, name, gradients, side, monkeypatch):
         monkeypatch.setattr(Operation, "__call__", lambda self, *args: self._opaque(*args))
     call = calls(gradients)[name]
     benchmark.group = f"eager cost of {name}, {'training' if gradients else 'inference'}"
-    benchmark.extra_info["microseconds"] = True
     benchmark.pedantic(call, rounds=50, iterations=40, warmup_rounds=5)

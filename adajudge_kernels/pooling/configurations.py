@@ -55,17 +55,20 @@ class _Step(NamedTuple):
     numbers: int
     per_thread: int
     most_tokens: int = 16
+    most_warps: int = 16
 
 
-# By kernel, and for the backward by K: its registers grow with the states.
+# By kernel, and for the backward by the bytes of K numbers: its registers grow with them.
 _STEPS = {
     "scan": _Step(8192, 16),
     "scan_backward": _Step(2048, 8),
-    "scan_backward, K > 3": _Step(4096, 16),
+    "scan_backward, 2 bytes, K > 3": _Step(4096, 16),
+    "scan_backward, 4 bytes, K > 1": _Step(2048, 16),
+    "scan_backward, 4 bytes, K > 4": _Step(2048, 8, most_warps=8),
     "dots": _Step(4096, 16),
     "sums": _Step(4096, 16),
     "spread_means": _Step(4096, 16),
-    "spread_attention": _Step(2048, 16, 8),
+    "spread_attention": _Step(2048, 8, 8),
 }
 
 
@@ -89,24 +92,27 @@ def forced_tile(kernel: str, forced: Tile) -> Iterator[None]:
 
 @functools.cache
 def _chosen(kernel: str, d: int, depths: int, dtype: torch.dtype) -> Tile:
-    default = default_tile(kernel, d, depths)
+    default = default_tile(kernel, d, depths, dtype)
     if os.environ.get("TRITON_INTERPRET") == "1":
         return Tile(CHUNK_TOKENS, default.block, 4)  # the interpreter's cost is the number of steps
     return measured_tiles().get(key(kernel, d, depths, dtype), default)
 
 
-def default_tile(kernel: str, d: int, depths: int) -> Tile:
+def default_tile(kernel: str, d: int, depths: int, dtype: torch.dtype) -> Tile:
     """What the table says, without a measurement."""
     row = max(16, 1 << (d - 1).bit_length())
     block = row if d <= WIDEST_ROW.get(kernel, 0) else min(row, WIDEST_PART)
-    step = _STEPS["scan_backward, K > 3" if kernel == "scan_backward" and depths > 3 else kernel]
+    step = _STEPS[kernel]
+    if kernel == "scan_backward" and depths * dtype.itemsize > 6:
+        width = "2 bytes, K > 3" if dtype.itemsize == 2 else f"4 bytes, K > {4 if depths > 4 else 1}"
+        step = _STEPS[f"{kernel}, {width}"]
     tokens = min(step.most_tokens, max(1, step.numbers // block))
-    return Tile(tokens, block, min(16, max(4, tokens * block // (32 * step.per_thread))))
+    return Tile(tokens, block, min(step.most_warps, max(4, tokens * block // (32 * step.per_thread))))
 
 
-def candidates(kernel: str, d: int, depths: int) -> list[Tile]:
+def candidates(kernel: str, d: int, depths: int, dtype: torch.dtype) -> list[Tile]:
     """Tiles that are worth a measurement, the default first; all of them compute the same, up to rounding."""
-    default = default_tile(kernel, d, depths)
+    default = default_tile(kernel, d, depths, dtype)
     found = [default]
     for tokens in (1, 2, 4, 8, 16, 32):
         for warps in (2, 4, 8, 16):
@@ -152,10 +158,11 @@ def _checked(name: str, entry: object) -> Tile:
     if not isinstance(entry, dict) or set(entry) != set(Tile._fields):
         raise ValueError(f"{name}: {entry!r} came, expected {', '.join(Tile._fields)}")
     found = Tile(**entry)
-    kernel, d, depths = re.fullmatch(r"(\w+) d=(\d+) K=(\d) \w+", name).groups()  # type: ignore[union-attr]
+    kernel, d, depths, dtype = re.fullmatch(r"(\w+) d=(\d+) K=(\d) (\w+)", name).groups()  # type: ignore[union-attr]
     powers = all(isinstance(x, int) and x > 0 and x & (x - 1) == 0 for x in found[:3])
     fits = powers and found.tokens <= CHUNK_TOKENS and found.warps <= 32 and found.stages in range(1, 9)
-    if not fits or found.block != default_tile(kernel, int(d), int(depths)).block:
+    default = default_tile(kernel, int(d), int(depths), getattr(torch, dtype))
+    if not fits or found.block != default.block:
         raise ValueError(f"{name}: {entry!r} is no configuration of this kernel")
     return found
 

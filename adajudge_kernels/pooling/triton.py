@@ -41,8 +41,8 @@ def depth_gate_forward(
                 alpha,
                 D=d,
                 K=depths,
-                DEPTHS=triton.next_power_of_2(depths),
-                BLOCK=min(1024, _power_of_2(d)),
+                DEPTHS=_power_of_2(depths),
+                BLOCK=max(16, min(1024, _power_of_2(d))),
                 ACC=_TRITON_DTYPES[acc],
                 num_warps=4,
             )
@@ -178,7 +178,7 @@ def _views_forward(
         if wide:
             logits = states[0].new_empty(chunks * CHUNK_TOKENS, dtype=acc)
             _dots(states, alpha, weight, bias, tables, all_views, response_only, logits)
-        kernels.scan[(chunks, triton.cdiv(d, plan.block))](
+        kernels.scan[(chunks, _parts(d, plan.block))](
             states,
             alpha,
             weight,
@@ -206,8 +206,8 @@ def _views_forward(
         )
         if all_views:
             _combine_sums((None, sums), tables, response=mean)
-        block = min(128, _power_of_2(d))
-        kernels.combine_attention[(batch, triton.cdiv(d, block))](
+        block = _narrow_block(d)
+        kernels.combine_attention[(batch, _parts(d, block))](
             weighted,
             tops,
             totals,
@@ -251,7 +251,7 @@ def _views_backward(
     shared = tables.groups.shape[0] != batch
     wide = d > WIDEST_ROW["scan_backward"]
     plan = tile("scan_backward", d, depths, states[0].dtype)
-    blocks = triton.cdiv(d, plan.block)
+    blocks = _parts(d, plan.block)
     constants = {"D": d, "K": depths, "WEIGHTED": all_views}
     per_token = [states[0].new_empty(chunks * CHUNK_TOKENS, dtype=acc) for _ in range(2 * wide + 2 * shared)]
     logits, dots = per_token[:2] if wide else (weight, weight)
@@ -283,7 +283,7 @@ def _views_backward(
             dlogits,
             dalpha_parts,
             dweight_parts,
-            DEPTHS=triton.next_power_of_2(depths),
+            DEPTHS=_power_of_2(depths),
             VIEWS=all_views,
             RESPONSE_ONLY=response_only,
             SHARED=shared,
@@ -293,7 +293,7 @@ def _views_backward(
         )
         if shared:
             spread = tile("spread_attention", d, depths, states[0].dtype)
-            kernels.spread_attention[(tables.group_chunks.shape[0], triton.cdiv(d, spread.block))](
+            kernels.spread_attention[(tables.group_chunks.shape[0], _parts(d, spread.block))](
                 tuple(dstates),
                 alpha,
                 weight,
@@ -314,7 +314,7 @@ def _views_backward(
                 tables.sequences,
                 dalpha,
                 K=depths,
-                DEPTHS=triton.next_power_of_2(depths),
+                DEPTHS=_power_of_2(depths),
                 BLOCKS=blocks,
                 CHUNK=CHUNK_TOKENS,
                 ROWS=COMBINED_CHUNKS,
@@ -369,7 +369,7 @@ def _sums(hidden: Tensor, tables: LayoutTables, prompt: bool, response: bool) ->
     sums = [hidden.new_empty(chunks, d, dtype=acc) if wanted else None for wanted in (prompt, response)]
     plan = tile("sums", d, 1, hidden.dtype)
     prompt_sums, response_sums = (hidden if x is None else x for x in sums)
-    kernels.scan[(chunks, triton.cdiv(d, plan.block))](
+    kernels.scan[(chunks, _parts(d, plan.block))](
         (hidden,),
         hidden,
         hidden,
@@ -408,8 +408,8 @@ def _combine_sums(
     """Write the means that have a place to go to."""
     out = next(x for x in (prompt, response, everything) if x is not None)
     batch, d = out.shape
-    block = min(128, _power_of_2(d))
-    kernels.combine_sums[(batch, triton.cdiv(d, block))](
+    block = _narrow_block(d)
+    kernels.combine_sums[(batch, _parts(d, block))](
         *(out if x is None else x for x in sums),
         tables.sequences,
         *(out if x is None else x for x in (prompt, response, everything)),
@@ -441,7 +441,7 @@ def _spread_means(
     out = given.new_empty(tables.roles.shape[0], d, dtype=dtype)
     plan = tile("spread_means", d, 1, dtype)
     with _device(out):
-        kernels.spread_means[(tables.group_chunks.shape[0], triton.cdiv(d, plan.block))](
+        kernels.spread_means[(tables.group_chunks.shape[0], _parts(d, plan.block))](
             *(given if x is None else x for x in grads),
             tables.roles,
             tables.sequences,
@@ -461,14 +461,14 @@ def _spread_means(
 
 def _zero_padding(outputs: list[Tensor], tables: LayoutTables) -> None:
     tokens, d = outputs[0].shape
-    kernels.zero_padding[(triton.cdiv(tokens, CHUNK_TOKENS),)](
+    kernels.zero_padding[(_parts(tokens, CHUNK_TOKENS),)](
         tuple(outputs),
         tables.roles,
         tokens,
         D=d,
         K=len(outputs),
         TOKENS=CHUNK_TOKENS,
-        BLOCK=min(64, _power_of_2(d)),
+        BLOCK=min(64, _narrow_block(d)),
         num_warps=4,
     )
 
@@ -476,11 +476,11 @@ def _zero_padding(outputs: list[Tensor], tables: LayoutTables) -> None:
 def _sum_rows(rows: Tensor) -> Tensor:
     """``[N, d] -> [d]`` in a fixed order, in steps of a factor of `CHUNK_TOKENS`."""
     d = rows.shape[1]
-    block = min(128, _power_of_2(d))
+    block = _narrow_block(d)
     while True:
-        groups = triton.cdiv(rows.shape[0], CHUNK_TOKENS)
+        groups = _parts(rows.shape[0], CHUNK_TOKENS)
         out = rows.new_empty(groups, d)
-        kernels.sum_rows[(groups, triton.cdiv(d, block))](
+        kernels.sum_rows[(groups, _parts(d, block))](
             rows,
             out,
             rows.shape[0],
@@ -514,8 +514,18 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def _power_of_2(d: int) -> int:
-    return max(16, triton.next_power_of_2(d))
+def _power_of_2(n: int) -> int:
+    """The next power of two (triton's own function costs microseconds a call, as does its cdiv)."""
+    return 1 << (n - 1).bit_length()
+
+
+def _narrow_block(d: int) -> int:
+    """Features of a program that sums few rows: many programs, little in each."""
+    return max(16, min(128, _power_of_2(d)))
+
+
+def _parts(n: int, size: int) -> int:
+    return -(-n // size)
 
 
 def _device(x: Tensor) -> AbstractContextManager[object]:

@@ -24,7 +24,7 @@ def file(tmp_path, monkeypatch):
 
 
 def test_what_is_faster_is_kept_written_and_used(file):
-    favourite = candidates("scan", 4096, 3)[5]
+    favourite = candidates("scan", *ROW)[5]
     seen = []
 
     def measure(call):
@@ -33,12 +33,14 @@ def test_what_is_faster_is_kept_written_and_used(file):
         return 1.0 if used == favourite else 2.0
 
     found = tune.tune(*ROW, {"scan": lambda: None}, measure)
-    assert seen == candidates("scan", 4096, 3)
+    assert seen == candidates("scan", *ROW)
     assert found == {"scan d=4096 K=3 bfloat16": favourite}
     tune.write(found)
     assert configurations.tile("scan", *ROW) == favourite
-    assert configurations.tile("scan", 4096, 2, torch.bfloat16) == default_tile("scan", 4096, 2)
-    tune.write({"sums d=4096 K=1 bfloat16": default_tile("sums", 4096, 1)})
+    assert configurations.tile("scan", 4096, 2, torch.bfloat16) == default_tile(
+        "scan", 4096, 2, torch.bfloat16
+    )
+    tune.write({"sums d=4096 K=1 bfloat16": default_tile("sums", 4096, 1, torch.bfloat16)})
     assert configurations.tile("scan", *ROW) == favourite
 
 
@@ -49,7 +51,7 @@ def test_a_gain_within_noise_keeps_the_default(file):
 
 def test_candidates_that_do_not_run_are_passed_over(file):
     def measure(call):
-        if configurations.tile("scan", *ROW) != default_tile("scan", 4096, 3):
+        if configurations.tile("scan", *ROW) != default_tile("scan", *ROW):
             raise RuntimeError("out of resource: registers")
         return 1.0
 
@@ -68,7 +70,7 @@ def test_candidates_that_do_not_run_are_passed_over(file):
 )
 def test_a_broken_file_is_told_and_not_used(file, entry, caplog):
     file.write_text(json.dumps({"scan d=4096 K=3 bfloat16": entry}))
-    assert configurations.tile("scan", *ROW) == default_tile("scan", 4096, 3)
+    assert configurations.tile("scan", *ROW) == default_tile("scan", *ROW)
     assert "is not used" in caplog.text
 
 
@@ -77,7 +79,7 @@ def test_a_broken_file_is_told_and_not_used(file, entry, caplog):
 )
 def test_a_file_of_something_else_is_told_and_not_used(file, text, caplog):
     file.write_text(text)
-    assert configurations.tile("scan", *ROW) == default_tile("scan", 4096, 3)
+    assert configurations.tile("scan", *ROW) == default_tile("scan", *ROW)
     assert "is not used" in caplog.text
 
 
@@ -103,7 +105,7 @@ def test_tiles_are_powers_of_two_within_a_chunk():
     for kernel in ("scan", "scan_backward", "sums", "dots", "spread_means", "spread_attention"):
         for d in (1, 40, 768, 4096, 16384):
             for depths in (1, 3, 8):
-                for tile in candidates(kernel, d, depths):
+                for tile in candidates(kernel, d, depths, torch.float32):
                     assert isinstance(tile, Tile)
                     assert all(x & (x - 1) == 0 for x in tile[:3])
                     assert tile.tokens <= configurations.CHUNK_TOKENS
