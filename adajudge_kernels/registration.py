@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import CustomOpDef, custom_op
 from torch.nn import Parameter
 
@@ -33,13 +34,13 @@ def fresh(x: Tensor) -> Tensor:
 class Operation:
     """An operation that can be called in two ways, with the same body and the same autograd.
 
-    Under ``torch.compile``, ``torch.export``, ``torch.func`` and torch's dispatch modes it is the opaque operator
-    ``torch.ops.adajudge.<name>``. In plain eager mode it is called directly: the operator's own way there, through the
-    dispatcher and back into Python, costs more than all the rest of a call (docs/eager-cost.md).
+    Under ``torch.compile``, ``torch.export`` and torch's dispatch modes it is the opaque operator
+    ``torch.ops.adajudge.<name>``. In plain eager mode it is called directly: the operator's own way there goes through
+    the dispatcher and back into Python (docs/triton-pooling.md has what each costs).
     """
 
     def __init__(self, name: str, run: Callable[..., Any], definition: CustomOpDef) -> None:
-        self._run, self._definition = run, definition
+        self.name, self._run, self._definition = name, run, definition
         self._opaque = getattr(torch.ops.adajudge, name).default
         self._gradients: Callable[..., Any] | None = None
         self._context: Callable[..., None] | None = None
@@ -52,8 +53,19 @@ class Operation:
         self._gradients, self._context = gradients, setup_context
 
     def __call__(self, *args: Any) -> Any:
-        """Run on the arguments of the body, in its order."""
-        if torch.compiler.is_compiling() or not _in_plain_eager():
+        """Run on the arguments of the body, in its order.
+
+        Raises:
+            RuntimeError: under a transform of ``torch.func`` or in forward-mode differentiation.
+        """
+        if torch.compiler.is_compiling():
+            return self._opaque(*args)
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            raise RuntimeError(
+                f"adajudge_kernels.{self.name} has a backward only: no torch.func transform (grad, vmap, jvp) and no "
+                "forward-mode differentiation; use torch.autograd"
+            )
+        if torch._C._len_torch_dispatch_stack():  # fake tensors, proxies ..
             return self._opaque(*args)
         lengths: list[int | None] = []  # of the lists of tensors that take part in autograd
         wants_gradient = False
@@ -101,11 +113,6 @@ class _Direct(torch.autograd.Function):
             else:
                 flat.append(None if isinstance(gradient, list) else gradient)
         return None, None, *flat
-
-
-def _in_plain_eager() -> bool:
-    """No dispatch mode (fake tensors, proxies, ..) and no functorch transform is active."""
-    return torch._C._len_torch_dispatch_stack() == 0 and not torch._C._are_functorch_transforms_active()
 
 
 def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Operation]:

@@ -30,7 +30,8 @@ class AdaJudgeConfig(PreTrainedConfig):
             assistant turn lies, for callers that pass no response mask. None: such calls are refused.
         unknown_word_limit: share of words unknown to the tokenizer above which `adajudge.Scorer` refuses a row; for
             judges of a small vocabulary. None: every row is scored.
-        pad_token_id: kept for callers that ask for it; nothing depends on it, padding is known by its mask.
+        pad_token_id: padding is known by its mask alone; this says which token rows without a mask must not begin
+            or end with. `adajudge train` takes it from the tokenizer.
         problem_type: always ``"regression"``: the logit is the reward, nothing is put on it.
 
     Raises:
@@ -70,7 +71,10 @@ class AdaJudgeConfig(PreTrainedConfig):
                 f"backbone_config: {self.backbone_config.model_type!r} is an encoder and a decoder, expected a decoder"
             )
         if isinstance(self.turn_boundary, dict):
-            self.turn_boundary = TurnBoundary.from_dict(self.turn_boundary)
+            try:
+                self.turn_boundary = TurnBoundary.from_dict(self.turn_boundary)
+            except TypeError as error:
+                raise ValueError(f"turn_boundary: {error}") from error
         if isinstance(self.turn_boundary, TurnBoundary):
             self.turn_boundary = self.turn_boundary.to_dict()
         kwargs.setdefault("num_labels", 1)

@@ -6,6 +6,7 @@ Importing this module registers the judge with `transformers.AutoModelForSequenc
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
+from transformers.utils import TransformersKwargs
 
 from adajudge.attention_masks import check_keeps_apart, flash_arguments, prepared_masks
 from adajudge.configuration import AdaJudgeConfig
@@ -228,8 +230,8 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
 
         Args:
             input_ids: ``[B, L]``; with `layout` ``[1, T]`` or ``[T]``.
-            attention_mask: ``[B, L]``, padding on either side; default: no padding, and then none may be there.
-                Not with `layout`.
+            attention_mask: ``[B, L]``, padding on either side; default: no padding. Rows that begin or end with
+                the pad token are then refused, where the configuration knows it. Not with `layout`.
             response_mask: ``[B, L]``, nonzero for response tokens; default: from the last assistant header
                 (`config.turn_boundary`), and what the chat template put behind the turn's terminator is not
                 read. A given mask always wins. Not with `layout`.
@@ -240,9 +242,11 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
             labels: refused; the training objective is `adajudge_kernels.focal_bradley_terry_loss`.
             use_cache: accepted for callers that pass it; no cache is ever kept.
             return_dict: False for a plain tuple; default `config.return_dict`.
-            options: passed to the backbone.
+            options: passed to the backbone: parameters of its forward, or those that transformers' attention
+                takes.
 
         Raises:
+            TypeError: an option that nobody takes.
             ValueError: the response cannot be told from the prompt, there is padding but no mask of it, shapes do
                 not fit, a sequence is longer than the backbone's positions, or the backbone cannot serve the layout.
         """
@@ -250,6 +254,9 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
             raise ValueError(
                 "labels came; a judge is trained on pairs, see adajudge_kernels.focal_bradley_terry_loss"
             )
+        unknown = sorted(options.keys() - self._backbone_options())
+        if unknown:
+            raise TypeError(f"forward() got unexpected keyword arguments: {', '.join(unknown)}")
         if options.get("past_key_values") is not None:
             raise ValueError("past_key_values came; a judge reads whole sequences and keeps no cache")
         if (input_ids is None) == (inputs_embeds is None):
@@ -332,6 +339,11 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
         }
         return batch, layout
 
+    def _backbone_options(self) -> set[str]:
+        """What the backbone's forward knows by name; anything else it would swallow."""
+        named = inspect.signature(self.backbone.forward).parameters
+        return {*named, *TransformersKwargs.__annotations__, "past_key_values", "token_type_ids"}
+
     def _check_unpadded(self, input_ids: Tensor) -> None:
         """Without a mask every token counts. A pad token at the edge of a row says that this is not meant."""
         text = self.config.get_text_config(decoder=True)
@@ -339,10 +351,11 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
         if pad is None:
             return
         boundary = self.config.turn_boundary if isinstance(self.config.turn_boundary, Mapping) else {}
-        double = pad in (text.bos_token_id, text.eos_token_id, *boundary.get("turn_end_ids", ()))
-        edge = 2 if double else 1  # one of them may be a sequence's own beginning or end
+        # One pad token may be a sequence's own beginning (bos) or end (eos, end of turn); two of them are not.
+        before = 2 if pad == text.bos_token_id else 1
+        behind = 2 if pad in (text.eos_token_id, *boundary.get("turn_end_ids", ())) else 1
         is_pad = input_ids == pad
-        padded = is_pad[:, :edge].all(dim=1) | is_pad[:, -edge:].all(dim=1)
+        padded = is_pad[:, :before].all(dim=1) | is_pad[:, -behind:].all(dim=1)
         if bool(padded.any()):
             raise ValueError(
                 f"attention_mask: none came, but row {int(padded.nonzero()[0])} begins or ends with the pad token "

@@ -167,6 +167,8 @@ class Scorer:
 
         A mapping is read as a record of a file, see `adajudge.data.parse_row`; its line is its place in `rows`.
         """
+        if isinstance(rows, (Mapping, str)):
+            raise ValueError(f"rows: a {type(rows).__name__} came, expected a list of rows or records")
         iterator = (
             row if isinstance(row, (Row, RowError)) else parse_row(row, line)
             for line, row in enumerate(rows, 1)
@@ -182,6 +184,8 @@ class Scorer:
         """
         if not isinstance(response, str):
             raise ValueError(f"response: expected a string, got {type(response).__name__}")
+        if not isinstance(prompt, Sequence):
+            raise ValueError(f"prompt: expected a string or messages, got {type(prompt).__name__}")
         messages = (Message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
         (result,) = self.score([Row("0", 1, "single", messages, (response,))])
         if isinstance(result, RowError):

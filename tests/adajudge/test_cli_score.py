@@ -209,6 +209,7 @@ def test_an_unusable_output_or_device_is_an_error_of_one_line(tmp_path, capsys):
     for options, expected in (
         (["--output", str(tmp_path / "folder.jsonl")], "it is a folder"),
         (["--output", str(tmp_path / "o.jsonl"), "--device", "foo"], "--device foo cannot be used"),
+        (["--output", str(tmp_path / "o.jsonl"), "--device", "meta"], "--device meta cannot be used"),
     ):
         assert main(["score", source, *options]) == 2
         error = capsys.readouterr().err
@@ -252,12 +253,22 @@ def test_a_broken_judge_is_an_error_of_one_line_that_names_its_folder(name, tmp_
     assert str(folder) in line
 
 
+@pytest.mark.parametrize("text", ["[]", '{"model_type": "adajudge", "turn_boundary": {"foo": 1}}'])
+def test_a_strange_configuration_is_an_error_of_one_line(text, tmp_path, capsys):
+    folder = tmp_path / "judge"
+    shutil.copytree(BUILT_IN_JUDGE, folder)
+    (folder / "config.json").write_text(text)
+    source = write_lines(tmp_path / "in.jsonl", PAIR)
+    assert main(["score", source, "--output", str(tmp_path / "out.jsonl"), "--model", str(folder)]) == 2
+    assert "adajudge score:" in capsys.readouterr().err
+
+
 def test_what_was_scored_before_the_input_broke_is_named(tmp_path, capsys):
     whole = gzip.compress("".join(json.dumps(PAIR | {"id": str(i)}) + "\n" for i in range(2000)).encode())
     source, output = tmp_path / "in.jsonl.gz", tmp_path / "out.jsonl"
     source.write_bytes(whole[: len(whole) - 20])
     assert main(["score", str(source), "--output", str(output)]) == 2
-    assert f"is in {output}.partial" in capsys.readouterr().err
+    assert f"is in {output}.partial; {output} does not exist" in capsys.readouterr().err
     assert len(read_lines(tmp_path / "out.jsonl.partial")) >= 512
     assert not output.exists()
 

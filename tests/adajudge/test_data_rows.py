@@ -65,10 +65,10 @@ def test_candidates_keep_their_order():
     assert (row.kind, row.responses) == ("candidates", ("b", "good", "c"))
 
 
-def test_more_than_two_ranked_completions_are_candidates_with_the_best_rank_first():
+def test_more_than_two_ranked_completions_are_candidates_in_the_order_of_the_record():
     completions = [{"rank": rank, "completion": f"r{rank}"} for rank in (2, 0, 1)]
     row = parsed({"context": "Hi", "completions": completions})
-    assert (row.kind, row.responses, row.ranks) == ("candidates", ("r0", "r1", "r2"), (0, 1, 2))
+    assert (row.kind, row.responses, row.ranks) == ("candidates", ("r2", "r0", "r1"), (2, 0, 1))
 
 
 def test_multi_turn_and_system_messages_stay_in_order():
@@ -195,6 +195,47 @@ MALFORMED = {
         {"question": "q", "chosen": "a b", "rejected": "a c"},
         "prompt",
         "'question'",
+    ),
+    "prompt of conversations under another name": (
+        {"question": "q", "chosen": [GOOD], "rejected": [BAD]},
+        "prompt",
+        "'question'",
+    ),
+    "responses alone": ({"chosen": [GOOD], "rejected": "b"}, "prompt", "responses alone"),
+    "prompt in the messages only": (
+        {"messages": [USER], "chosen": [GOOD], "rejected": [BAD]},
+        "prompt",
+        "missing",
+    ),
+    "messages of something else": (
+        {"prompt": "q", "messages": [USER, GOOD], "chosen": "good", "rejected": "b"},
+        "messages",
+        "not the prompt and the chosen",
+    ),
+    "texts beside messages": (
+        {"messages": [USER, GOOD], "chosen": "the ball", "rejected": "the tree"},
+        "messages",
+        "not the prompt",
+    ),
+    "prompt repeated in both texts": (
+        {"prompt": "tell me about it", "chosen": "tell me about it . a", "rejected": "tell me about it . b"},
+        "chosen",
+        "begin with the prompt",
+    ),
+    "prompt and context": (
+        {"prompt": "q", "context": "c", "response1": "a", "response2": "b", "overall_preference": 1},
+        "row",
+        "both prompt and context",
+    ),
+    "system column": ({"system": "s", "prompt": "q", "response": "a"}, "system", "first message"),
+    "two system messages": (
+        {
+            "prompt": [SYSTEM],
+            "chosen": [{**SYSTEM, "content": "t"}, USER, GOOD],
+            "rejected": [{**SYSTEM, "content": "t"}, USER, BAD],
+        },
+        "chosen[0]",
+        "another system message",
     ),
     "null prompt": ({"prompt": None, "chosen": "a b", "rejected": "a c"}, "prompt", "null"),
     "another prompt in the conversations": (

@@ -72,5 +72,27 @@ def test_a_turn_may_end_with_the_pad_token():
     judge.config.pad_token_id = judge.config.turn_boundary["turn_end_ids"][-1]
     ids = ConversationEncoder(tokenizer).encode([{"role": "user", "content": "Hello"}], RESPONSE).input_ids
     assert judge(input_ids=torch.tensor([ids])).logits.isfinite().all()
-    with pytest.raises(ValueError, match="pad token"):
-        judge(input_ids=torch.tensor([[*ids, judge.config.pad_token_id]]))
+    for padded in ([*ids, judge.config.pad_token_id], [judge.config.pad_token_id, *ids]):
+        with pytest.raises(ValueError, match="pad token"):
+            judge(input_ids=torch.tensor([padded]))
+
+
+def test_a_turn_behind_the_response_is_refused_without_a_mask():
+    tokenizer = family_tokenizer("qwen3")
+    judge = judge_of(tokenizer)
+    turns = [("user", "Hello"), ("assistant", RESPONSE), ("user", "Hello")]
+    text = tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in turns], tokenize=False)
+    with pytest.raises(ValueError, match="more than one end of turn"):
+        judge(**tokenizer(text, add_special_tokens=False, return_tensors="pt"))
+
+
+@pytest.mark.parametrize("name", ["responses_mask", "atention_mask"])
+def test_a_misspelled_argument_is_not_swallowed(name):
+    tokenizer = family_tokenizer("qwen3")
+    judge = judge_of(tokenizer)
+    ids = torch.tensor(
+        [ConversationEncoder(tokenizer).encode([{"role": "user", "content": "Hello"}], RESPONSE).input_ids]
+    )
+    with pytest.raises(TypeError, match=name):
+        judge(ids, **{name: torch.ones_like(ids)})
+    assert judge(ids, token_type_ids=torch.zeros_like(ids)).logits.isfinite().all()

@@ -157,6 +157,10 @@ def test_records_may_come_instead_of_rows(judge, tokenizer):
 def test_a_response_that_is_no_text_is_refused(judge, tokenizer):
     with pytest.raises(ValueError, match="response: expected a string, got NoneType"):
         Scorer(judge, tokenizer).score_response("tell me", None)
+    with pytest.raises(ValueError, match="prompt: expected a string or messages, got NoneType"):
+        Scorer(judge, tokenizer).score_response(None, "tell me")
+    with pytest.raises(ValueError, match="rows: a dict came"):
+        next(Scorer(judge, tokenizer).score({"prompt": "tell me", "response": "a"}))
 
 
 def test_the_judges_own_limit_of_unknown_words_goes_with_its_folder(tmp_path):

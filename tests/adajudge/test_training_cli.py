@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -170,6 +171,7 @@ def test_resuming_goes_on_from_the_latest_checkpoint(options, tmp_path):
         ({"lora_r": 8}, "lora_r came without use_peft"),
         ({"lora_dropout": 0}, "lora_dropout came without use_peft"),
         ({"lora_target_modules": "q_proj"}, "lora_target_modules came without use_peft"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "failed at step 0"),
         ({"report_to": "foo"}, "training options: foo is not supported"),
         ({"output_dir": __file__}, "is a file; expected a folder"),
         ({"eval_steps": 5}, "eval_steps came without eval_data"),
@@ -192,6 +194,7 @@ def test_what_cannot_be_used_is_named(options, capsys, changed, named):
         ({"temperature": 0}, "--temperature: a number above 0; 0 came"),
         ({"num_blocks": 9}, "--num_blocks/--num-blocks: a number of at least 1 and at most 8; 9 came"),
         ({"learning_rate": "fast"}, "'fast' came"),
+        ({"seed": 2**32}, "at most 4.29497e+09; 4294967296 came"),
         ({"bf16": "perhaps"}, "true or false; 'perhaps' came"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -262,6 +265,22 @@ def test_training_that_fails_is_exit_code_1(options, monkeypatch, capsys):
     monkeypatch.setattr(AdaJudgeTrainer, "log", fail)
     assert train(options) == 1
     assert "the loss is nan" in capsys.readouterr().err
+
+
+def test_the_training_file_is_not_overwritten_by_the_list_of_bad_rows(options, tmp_path, capsys):
+    source = tmp_path / "out" / "bad_rows.jsonl"
+    source.parent.mkdir()
+    source.write_bytes(Path(options["train_data"]).read_bytes() + b"{broken\n")
+    before = source.read_bytes()
+    assert train(options | {"train_data": str(source), "skip_bad_rows": "true"}) == 2
+    assert "would be overwritten" in capsys.readouterr().err
+    assert source.read_bytes() == before
+
+
+def test_a_forced_backend_that_cannot_serve_is_said_before_training(options, monkeypatch, capsys):
+    monkeypatch.setenv("ADAJUDGE_BACKEND", "cuda")
+    assert train(options) == 2
+    assert "ADAJUDGE_BACKEND=cuda" in capsys.readouterr().err
 
 
 def test_a_judge_with_parameters_that_are_not_finite_is_not_saved(options, tmp_path, monkeypatch, capsys):

@@ -152,3 +152,26 @@ def test_the_head_trains_under_the_default_compiler(kind, device):
     with torch._inductor.config.patch(force_disable_caches=True):
         torch.compile(head, fullgraph=True)(ours, layout).reward.sum().backward()
     assert torch.allclose(ours.grad, plain.grad, atol=1e-5)
+
+
+@pooling
+def test_transforms_of_torch_func_are_a_clear_error(operation, device):
+    inputs = cast(operation.draw(Batch((3,), ((2,),)), 6, 2), torch.float32, device)
+    layout, _ = Batch((3,), ((2,),)).lay_out("packed", device)
+    name = next(iter(inputs))
+
+    def scalar(x):
+        return operation.call({**inputs, name: x}, layout)[0].sum()
+
+    x = inputs[name].detach()
+    for transform in (
+        lambda: torch.func.grad(scalar)(x),
+        lambda: torch.func.jvp(scalar, (x,), (torch.ones_like(x),)),
+        lambda: torch.func.vmap(scalar)(x[None]),
+    ):
+        with pytest.raises(RuntimeError, match=r"no torch\.func transform"):
+            transform()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(RuntimeError, match="no forward-mode differentiation"):
+            scalar(dual)

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """Score `args.input` into `args.output`."""
     from adajudge.data import DataFileError, read_rows
 
-    partial = Path(f"{args.output}.partial")
+    partial, existed = Path(f"{args.output}.partial"), os.path.exists(args.output)
     before = _modified(partial)
     try:
         _check_outputs(args.input, args.output)
@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
         interrupted = isinstance(error, KeyboardInterrupt)
         print(f"adajudge score: {'interrupted' if interrupted else error}", file=sys.stderr)
         if args.output != "-" and _modified(partial) != before:
-            print(f"what was scored until then is in {partial}; there is no {args.output}", file=sys.stderr)
+            state = "is as it was before" if existed else "does not exist"
+            print(f"what was scored until then is in {partial}; {args.output} {state}", file=sys.stderr)
         return 130 if interrupted else 2
 
 
@@ -104,11 +105,16 @@ def _load(args: argparse.Namespace) -> Scorer:
     dtype = getattr(torch, args.dtype) if args.dtype else None
     if args.device is not None:
         try:
-            torch.empty(0, device=args.device)
-        except (RuntimeError, AssertionError) as error:
+            torch.empty(0, device=args.device).tolist()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"--device {args.device} cannot be used: {reason}") from None
-    return Scorer.from_pretrained(args.model, device=args.device, dtype=dtype, **options)
+    try:
+        return Scorer.from_pretrained(args.model, device=args.device, dtype=dtype, **options)
+    except (TypeError, AttributeError, KeyError) as error:  # of a config.json that is something else
+        raise ValueError(
+            f"{args.model}: cannot be loaded as a judge: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _score(args: argparse.Namespace, reader: RowReader, scorer: Scorer) -> int:

@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(group, "max_grad_norm", "default 1", from_zero)
     _add(group, "bf16", "bfloat16 autocast", bool)
     _add(group, "gradient_checkpointing", "less memory for more arithmetic", bool)
-    _add(group, "seed", "default 42", _number(int, 0))
+    _add(group, "seed", "default 42", _number(int, 0, 2**32 - 1))
     _add(group, "logging_steps", "default 10; below 1: the share of all steps", share, default=10)
     _add(group, "save_strategy", "default steps", _strategy, choices=("no", "steps", "epoch"))
     _add(group, "save_steps", "default 500; below 1: the share of all steps", share)
@@ -114,9 +114,10 @@ def run(args: argparse.Namespace) -> int:
         trainer.train(resume_from_checkpoint=checkpoint)
         _evaluate_at_end(trainer)
         _save(args, trainer)
-    except (FloatingPointError, torch.OutOfMemoryError, OSError) as error:
-        print(f"adajudge train: failed at step {trainer.state.global_step}: {error}", file=sys.stderr)
-        return 1
+    except (FloatingPointError, torch.OutOfMemoryError, OSError, ValueError, ImportError) as error:
+        step = trainer.state.global_step
+        print(f"adajudge train: failed at step {step}: {error}", file=sys.stderr)
+        return 1 if step else 2  # before the first step: an option that only the training itself looks at
     if trainer.is_world_process_zero():
         _report(args, trainer)
     trainer.accelerator.wait_for_everyone()
@@ -143,7 +144,14 @@ def _prepare(args: argparse.Namespace) -> AdaJudgeTrainer:
     from adajudge.training import AdaJudgeTrainer, TrainingRecord, add_lora
 
     transformers_logging.disable_progress_bar()
+    bad_rows = Path(args.output_dir) / BAD_ROWS_NAME
+    for option, source in (("train_data", args.train_data), ("eval_data", args.eval_data)):
+        if source is not None and os.path.exists(source) and bad_rows.exists() and bad_rows.samefile(source):
+            raise _UsageError(
+                f"{option}: {source} would be overwritten by the list of bad rows; move it elsewhere"
+            )
     training = _training_arguments(args)
+    _check_backends(training.device)
     set_seed(training.seed)  # the new head's weights
     model = _load_model(args)
     try:
@@ -186,6 +194,17 @@ def _prepare(args: argparse.Namespace) -> AdaJudgeTrainer:
         )
     except (ValueError, ImportError) as error:
         raise _UsageError(f"training options: {error}") from error
+
+
+def _check_backends(device: Any) -> None:
+    """A forced backend that cannot serve every operation would end the first step."""
+    from adajudge_kernels.backends import FAMILIES, choose_backend
+
+    try:
+        for family in FAMILIES:
+            choose_backend(device, family)
+    except ValueError as error:
+        raise _UsageError(str(error)) from error
 
 
 def _training_arguments(args: argparse.Namespace) -> AdaJudgeTrainingArguments:
@@ -243,7 +262,14 @@ def _load_model(args: argparse.Namespace) -> Any:
             attn_implementation=args.attn_implementation,
             **head,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        TypeError,
+        AttributeError,
+        KeyError,
+    ) as error:  # or a strange config.json
         where = "" if Path(name).is_dir() else "no such folder, and no such model on the hub: "
         raise _UsageError(f"model_name_or_path {name}: {where}{error}") from error
 

@@ -59,11 +59,12 @@ class TurnBoundary:
     def response_span(self, ids: Sequence[int]) -> tuple[int, int]:
         """First token of the last assistant turn's response, and one past its terminator.
 
-        The response begins behind the last header (and scaffold). It ends with the last terminator behind
-        that; without one (a generation cut short), with the last token.
+        The response begins behind the last header (and scaffold). It ends with the terminator behind that;
+        without one (a generation cut short), with the last token.
 
         Raises:
-            ValueError: there is no header, or nothing behind it.
+            ValueError: there is no header, nothing behind it, or more than one terminator: a turn of somebody
+                else may follow.
         """
         ids = list(ids)
         header = self.assistant_header_ids
@@ -76,8 +77,13 @@ class TurnBoundary:
             start = _skip(ids, start, self.scaffold_ids, self.scaffold_white_space)
         end = len(ids)
         if self.turn_end_ids:
-            terminator = _find_last(ids, self.turn_end_ids, start)
-            end = terminator + len(self.turn_end_ids) if terminator >= 0 else end
+            last = _find_last(ids, self.turn_end_ids, start)
+            if (
+                last >= 0
+                and _find_last(ids[: last + len(self.turn_end_ids) - 1], self.turn_end_ids, start) >= 0
+            ):
+                raise ValueError("more than one end of turn behind the last assistant header")
+            end = last + len(self.turn_end_ids) if last >= 0 else end
         if end <= start:
             raise ValueError("no response token behind the last assistant header")
         return start, end

@@ -193,7 +193,7 @@ def _parquet_records(path: str) -> Iterator[tuple[int, Any]]:
                 for record in batch.to_pylist():
                     line += 1
                     yield line, record
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, OverflowError) as error:  # also a date that Python has none for
         raise DataFileError(
             f"{path}: unreadable behind row {line} ({error}); expected a parquet file"
         ) from error

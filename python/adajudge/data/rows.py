@@ -13,7 +13,7 @@ messages               ``messages``, the last one the assistant's               
 scoring row            ``prompt``, ``response``                                            single
 =====================  ==================================================================  ============
 
-.. [1] With more than two completions: candidates, best rank first, the ranks in ``Row.ranks``.
+.. [1] With more than two completions: candidates in the record's order, their ranks in ``Row.ranks``.
 
 A prompt is a string (one user message) or a list of ``{"role", "content"}``; a response is a string, an
 assistant message, or a list of messages that ends with the assistant's. ``null`` counts as missing. What is
@@ -44,6 +44,10 @@ _UNREAD_PARTS = (
     "refusal",
     "audio",
 )
+
+_SYSTEM_COLUMNS = ("system", "system_prompt")
+
+_WORDS_OF_CHANCE = 4
 
 # How other data sets call the prompt: beside a pair without one, such a column is a misnamed prompt.
 _OTHER_NAMES_OF_PROMPT = ("question", "instruction", "query", "input", "context", "post", "problem")
@@ -143,6 +147,11 @@ def parse_row(record: object, line: int) -> Row | RowError:
             raise _MalformedError("row", f"expected an object, got {_describe(record)}")
         fields = {key: value for key, value in record.items() if value is not None}
         row_id = _parse_id(fields.pop("id", None), default=row_id)
+        for name in _SYSTEM_COLUMNS:
+            if fields.get(name):
+                raise _MalformedError(
+                    name, "a column of its own is not read; expected the first message of the prompt"
+                )
         if "prompt" in record and "prompt" not in fields and ("chosen" in fields or "messages" in fields):
             raise _MalformedError("prompt", "null; expected a prompt, or no such field")
         return _FORMATS[_detect_format(fields)](row_id, line, fields)
@@ -180,6 +189,9 @@ def _detect_format(fields: Mapping[str, Any]) -> str:
             f"no known format: keys found: {names}; expected prompt + response, messages, chosen + rejected, "
             "prompt + responses, context + response1 + response2 + overall_preference, or context + completions",
         )
+    prompts = [key for key in ("prompt", "context") if key in fields]
+    if len(prompts) > 1 and next(iter(found)) in ("helpsteer3", "nemo_rl"):
+        raise _MalformedError("row", "both prompt and context came; expected one of them")
     if len(found) > 1:
         raise _MalformedError(
             "row", f"keys of several formats: {', '.join(found.values())}; expected one of them"
@@ -194,12 +206,10 @@ def _parse_preference(row_id: str, line: int, fields: dict[str, Any]) -> Row:
     texts = isinstance(chosen_value, str) and isinstance(rejected_value, str)
     implicit = "prompt" not in fields
     if implicit and texts:
-        misnamed = next((name for name in _OTHER_NAMES_OF_PROMPT if name in fields), None)
-        if misnamed is not None:
-            raise _MalformedError("prompt", f"missing field; is it {misnamed!r}? Then name it 'prompt'")
+        _refuse_other_names(fields)
         prompt, chosen, rejected = _split_shared_text(chosen_value, rejected_value)
     else:
-        explicit = () if implicit else _prompt(fields.pop("prompt"), "prompt")
+        explicit = () if implicit else _prompt(fields.get("prompt"), "prompt")
         chosen_turns, chosen = _turns_and_response(chosen_value, "chosen")
         rejected_turns, rejected = _turns_and_response(rejected_value, "rejected")
         if chosen_turns != rejected_turns:
@@ -207,7 +217,13 @@ def _parse_preference(row_id: str, line: int, fields: dict[str, Any]) -> Row:
                 "rejected",
                 "chosen and rejected differ before their last message; only the last may differ",
             )
+        if implicit and not chosen_turns:
+            _refuse_other_names(fields)
+            raise _MalformedError("prompt", "missing field, and chosen and rejected are responses alone")
         prompt = _joined(explicit, chosen_turns, "chosen")
+        _refuse_repeated_prompt(fields.pop("prompt", None), chosen_value, rejected_value)
+    if "messages" in fields:
+        _check_conversation(fields["messages"], prompt, chosen)
     return Row(
         row_id,
         line,
@@ -220,16 +236,41 @@ def _parse_preference(row_id: str, line: int, fields: dict[str, Any]) -> Row:
     )
 
 
+def _refuse_other_names(fields: Mapping[str, Any]) -> None:
+    """Of a pair without a prompt: a column that is one under another name."""
+    misnamed = next((name for name in _OTHER_NAMES_OF_PROMPT if name in fields), None)
+    if misnamed is not None:
+        raise _MalformedError("prompt", f"missing field; is it {misnamed!r}? Then name it 'prompt'")
+
+
+def _refuse_repeated_prompt(prompt: object, chosen: object, rejected: object) -> None:
+    """Texts that both begin with the whole prompt are conversations, not responses (a few words may be chance)."""
+    if not isinstance(prompt, str) or not isinstance(chosen, str) or not isinstance(rejected, str):
+        return
+    text = prompt.strip()
+    if len(text.split()) >= _WORDS_OF_CHANCE and all(x.strip().startswith(text) for x in (chosen, rejected)):
+        raise _MalformedError("chosen", "both sides begin with the prompt; expected the responses alone")
+
+
+def _check_conversation(value: object, prompt: tuple[Message, ...], chosen: str) -> None:
+    """``messages`` beside a pair says the chosen side once more (UltraFeedback), or the record contradicts itself."""
+    said = [(m.role, m.content.strip()) for m in (*prompt, Message("assistant", chosen))]
+    if [(m.role, m.content.strip()) for m in _messages(value, "messages")] != said:
+        raise _MalformedError(
+            "messages", "not the prompt and the chosen response of this pair; expected one of the two"
+        )
+
+
 def _joined(explicit: tuple[Message, ...], turns: tuple[Message, ...], name: str) -> tuple[Message, ...]:
     """The prompt of a record that has both a prompt and conversations: these may repeat it, or go on from it."""
     if not explicit or not turns:
         return explicit or turns
     said, repeated = ([(m.role, m.content.strip()) for m in messages] for messages in (explicit, turns))
     if turns[0].role not in ("system", "user"):
-        return explicit + turns
+        return explicit + turns  # they go on from the prompt
     if said in (repeated[: len(said)], repeated[-len(said) :]):
         return turns
-    if explicit[-1].role != "system":
+    if explicit[-1].role != "system" or turns[0].role == "system":
         raise _MalformedError(
             f"{name}[0]",
             f"begins with another {turns[0].role} message than 'prompt'; expected the same one, or the turns behind it",
@@ -262,7 +303,8 @@ def _parse_nemo_rl(row_id: str, line: int, fields: dict[str, Any]) -> Row:
                 raise _MalformedError(f"{name}.{part}", "missing field")
         rank = _number(item["rank"], f"{name}.rank")
         ranked.append((rank, _response(item["completion"], f"{name}.completion")))
-    ranked.sort(key=lambda pair: pair[0])
+    if len(ranked) == 2:
+        ranked.sort(key=lambda pair: pair[0])
     ranks, responses = tuple(rank for rank, _ in ranked), tuple(response for _, response in ranked)
     if len(ranked) > 2:
         return Row(row_id, line, "candidates", prompt, responses, ranks=ranks, extra=fields)

@@ -60,8 +60,8 @@ class AdaJudgeTrainer(Trainer):
     view_weight_last, view_weight_mean, view_weight_attention (mean pi). During training they are summed on the
     device and read once per log.
 
-    With a tokenizer (`processing_class`), its turn boundary goes into the configuration of a judge that has none,
-    and it is saved beside every checkpoint: each can be scored at once.
+    With a tokenizer (`processing_class`), its turn boundary and pad token go into the configuration of a judge that
+    has none, and it is saved beside every checkpoint: each can be scored at once.
 
     A log is written wherever a checkpoint is: a resumed run then logs exactly what an uninterrupted one does.
 
@@ -84,6 +84,8 @@ class AdaJudgeTrainer(Trainer):
         tokenizer = options.get("processing_class")
         if tokenizer is not None and model.config.turn_boundary is None:
             model.config.turn_boundary = ConversationEncoder(tokenizer).boundary.to_dict()
+        if tokenizer is not None and model.config.pad_token_id is None:
+            model.config.pad_token_id = tokenizer.pad_token_id
         super().__init__(model, args, callbacks=[_LogWithCheckpoint(), *(callbacks or [])], **options)
         self._sums: Tensor | None = None  # [number of measures + 1]: sums over pairs, number of pairs
 
