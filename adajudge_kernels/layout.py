@@ -102,6 +102,7 @@ class SequenceLayout:
     padded_shape: tuple[int, int] | None = None
 
     @classmethod
+    @torch.inference_mode(False)  # it may be used in training later
     def padded(cls, attention_mask: Tensor, response_mask: Tensor) -> SequenceLayout:
         """Layout of a padded batch: states are the ``[B*L, d]`` view of ``[B, L, d]``.
 
@@ -129,12 +130,16 @@ class SequenceLayout:
         response = (response_mask.detach().cpu() != 0) & real
         batch, length = real.shape
         _check_token_count(batch * length)
-        column = torch.arange(length)
+        column = torch.arange(length, device="cpu")
         start = (
-            torch.where(real, column, length).amin(dim=1) if length else torch.zeros(batch, dtype=torch.long)
+            torch.where(real, column, length).amin(dim=1)
+            if length
+            else torch.zeros(batch, dtype=torch.long, device="cpu")
         )
         stop = (
-            torch.where(real, column + 1, 0).amax(dim=1) if length else torch.zeros(batch, dtype=torch.long)
+            torch.where(real, column + 1, 0).amax(dim=1)
+            if length
+            else torch.zeros(batch, dtype=torch.long, device="cpu")
         )
         counts = real.sum(dim=1)
         if bool(((stop - start).clamp(min=0) != counts).any()):
@@ -145,9 +150,11 @@ class SequenceLayout:
         response_lengths = response.sum(dim=1)
         _check_responses(response_lengths)
         last = (
-            torch.where(response, column, -1).amax(dim=1) if length else torch.zeros(batch, dtype=torch.long)
+            torch.where(response, column, -1).amax(dim=1)
+            if length
+            else torch.zeros(batch, dtype=torch.long, device="cpu")
         )
-        offset = torch.arange(batch) * length
+        offset = torch.arange(batch, device="cpu") * length
         begin, end = offset + start.clamp(max=length), offset + stop
         empty = torch.zeros_like(begin)
         roles = torch.where(
@@ -168,6 +175,7 @@ class SequenceLayout:
         return layout._keep_unpadded()._with_tables().to(device)
 
     @classmethod
+    @torch.inference_mode(False)  # it may be used in training later
     def packed(
         cls,
         prompt_lengths: Sequence[int] | Tensor,
@@ -214,6 +222,7 @@ class SequenceLayout:
         )
 
     @classmethod
+    @torch.inference_mode(False)  # it may be used in training later
     def shared_prompts(
         cls,
         prompt_lengths: Sequence[int] | Tensor,
@@ -245,14 +254,14 @@ class SequenceLayout:
             raise ValueError(
                 f"response_lengths: {len(per_prompt)} lists came, expected one per prompt, {len(prompts)}"
             )
-        candidates = torch.tensor([len(lengths) for lengths in per_prompt], dtype=torch.long)
-        responses = torch.cat(per_prompt) if per_prompt else torch.zeros(0, dtype=torch.long)
+        candidates = torch.tensor([len(lengths) for lengths in per_prompt], dtype=torch.long, device="cpu")
+        responses = torch.cat(per_prompt) if per_prompt else torch.zeros(0, dtype=torch.long, device="cpu")
         _check_responses(responses)
         # Pieces in storage order: each prompt followed by its responses.
-        prompt_piece = torch.arange(len(prompts)) + torch.cumsum(candidates, 0) - candidates
-        owner = torch.repeat_interleave(torch.arange(len(prompts)), candidates)
-        response_piece = torch.arange(len(responses)) + owner + 1
-        lengths = torch.zeros(len(prompts) + len(responses), dtype=torch.long)
+        prompt_piece = torch.arange(len(prompts), device="cpu") + torch.cumsum(candidates, 0) - candidates
+        owner = torch.repeat_interleave(torch.arange(len(prompts), device="cpu"), candidates)
+        response_piece = torch.arange(len(responses), device="cpu") + owner + 1
+        lengths = torch.zeros(len(prompts) + len(responses), dtype=torch.long, device="cpu")
         lengths[prompt_piece], lengths[response_piece] = prompts, responses
         piece_roles = torch.full_like(lengths, int(TokenRole.PROMPT))
         piece_roles[response_piece] = int(TokenRole.RESPONSE)
@@ -293,7 +302,9 @@ class SequenceLayout:
         real = self.roles != TokenRole.PADDING
         if bool(real.all()):
             return self
-        before = torch.zeros(self.num_tokens + 1, dtype=torch.int32)  # tokens kept before each slot
+        before = torch.zeros(
+            self.num_tokens + 1, dtype=torch.int32, device="cpu"
+        )  # tokens kept before each slot
         before[1:] = torch.cumsum(real, 0)
         names = ("ranges", "last_response", "query_ranges", "key_ranges")
         moved: dict[str, Any] = {name: before[getattr(self, name).long()] for name in names}
@@ -409,7 +420,7 @@ def _device_of(lengths: object, device: torch.device | str | None) -> torch.devi
 
 def _lengths(name: str, values: Sequence[int] | Tensor) -> Tensor:
     try:
-        tensor = torch.as_tensor(values).detach().cpu()
+        tensor = (values if isinstance(values, Tensor) else torch.tensor(values, device="cpu")).detach().cpu()
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name}: {values!r} came, expected integers of shape [N]") from None
     if tensor.numel() == 0:
@@ -424,19 +435,22 @@ def _lengths(name: str, values: Sequence[int] | Tensor) -> Tensor:
 
 
 def _alternating_roles(lengths: Tensor) -> Tensor:
-    roles = torch.tensor([TokenRole.PROMPT, TokenRole.RESPONSE], dtype=torch.int8).repeat(len(lengths) // 2)
+    roles = torch.tensor([TokenRole.PROMPT, TokenRole.RESPONSE], dtype=torch.int8, device="cpu").repeat(
+        len(lengths) // 2
+    )
     return torch.repeat_interleave(roles, lengths)
 
 
 def _one_reader_each(count: int) -> Tensor:
     """Group ``g`` is read by sequence ``g`` alone."""
-    return torch.stack([torch.arange(count), torch.ones(count, dtype=torch.long)], dim=1).to(torch.int32)
+    first = torch.arange(count, device="cpu")
+    return torch.stack([first, torch.ones_like(first)], dim=1).to(torch.int32)
 
 
 def _chunks(lengths: Tensor) -> tuple[Tensor, Tensor]:
     """For runs of these lengths cut into chunks: the run of each chunk, and each run's first chunk."""
     counts = (lengths.long() + CHUNK_TOKENS - 1) // CHUNK_TOKENS
-    owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    owner = torch.repeat_interleave(torch.arange(len(counts), device="cpu"), counts)
     return _int32(owner), _int32(torch.cumsum(counts, 0) - counts)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from adajudge_kernels.backends import use_backend
 from adajudge_kernels.layout import SequenceLayout
 from adajudge_kernels.pooling import configurations
 from adajudge_kernels.pooling.configurations import Tile
@@ -62,15 +63,15 @@ def operations(
 
 def tune(
     d: int, depths: int, dtype: torch.dtype, calls: dict[str, Callable[[], object]], measure: Measure
-) -> dict[str, Tile]:
-    """The measured configurations that are worth keeping, by their key; prints a line for each kernel.
+) -> dict[str, Tile | None]:
+    """The measured configurations by their key, None where the default does as well; prints a line for each kernel.
 
     Args:
         d, depths, dtype: of the rows.
         calls: as of `operations`.
         measure: milliseconds of a call; it may raise where a candidate cannot run.
     """
-    kept: dict[str, Tile] = {}
+    found: dict[str, Tile | None] = {}
     for kernel, call in calls.items():
         # Kernels of one state are looked up under K = 1.
         own_depths = 1 if kernel in ("sums", "spread_means") else depths
@@ -79,26 +80,27 @@ def tune(
             with configurations.forced_tile(kernel, candidate):
                 try:
                     times[candidate] = measure(call)
-                except RuntimeError as error:  # out of resources
-                    print(f"  {kernel} {candidate}: {str(error).splitlines()[0]}", file=sys.stderr)
+                except Exception as error:  # out of registers or shared memory: triton has its own classes
+                    reason = (str(error).splitlines() or [""])[0]
+                    print(f"  {kernel} {candidate}: {type(error).__name__} {reason}", file=sys.stderr)
         default = configurations.default_tile(kernel, d, own_depths, dtype)
         if default not in times:
             raise RuntimeError(f"{kernel}: its default {default} does not run here")
         best = min(times, key=lambda candidate: times[candidate])
         gain = times[best] / times[default]
         print(f"{kernel:<18} default {times[default]:.4f} ms, best {times[best]:.4f} ms ({gain:.2f}): {best}")
-        if gain < _WORTH:
-            kept[configurations.key(kernel, d, own_depths, dtype)] = best
-    return kept
+        found[configurations.key(kernel, d, own_depths, dtype)] = best if gain < _WORTH else None
+    return found
 
 
-def write(found: dict[str, Tile]) -> str:
-    """Add configurations to the measured file; returns its path."""
+def write(found: dict[str, Tile | None]) -> str:
+    """Put configurations into the measured file, and take out those that are None; returns its path."""
     path = configurations.measured_file()
     assert path is not None
     path.parent.mkdir(parents=True, exist_ok=True)
     known = {name: tile._asdict() for name, tile in configurations.measured_tiles().items()}
-    merged = known | {name: tile._asdict() for name, tile in found.items()}
+    merged = {name: tile for name, tile in known.items() if name not in found}
+    merged |= {name: tile._asdict() for name, tile in found.items() if tile is not None}
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n")
     partial.replace(path)
@@ -130,9 +132,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for d in args.features:
         for depths in args.depths:
             print(f"d={d} K={depths} {args.dtype}, {args.tokens} tokens")
-            calls = operations(d, depths, dtype, args.tokens, device)
-            found = tune(d, depths, dtype, calls, lambda call: do_bench(call, return_mode="median"))
-            print(f"{len(found)} of {len(calls)} kept in {write(found)}")
+            with use_backend("triton", families=("pooling",)):
+                calls = operations(d, depths, dtype, args.tokens, device)
+                found = tune(d, depths, dtype, calls, lambda call: do_bench(call, return_mode="median"))
+            kept = sum(tile is not None for tile in found.values())
+            print(f"{kept} of {len(found)} beat the default; written to {write(found)}")
     return 0
 
 

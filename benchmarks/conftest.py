@@ -1,5 +1,6 @@
 """Options and the read bandwidth that every case is measured against."""
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import platform
@@ -11,6 +12,17 @@ import torch
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="cpu or cuda")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def memory_is_kept():
+    """Freed memory stays with the process, as it does in one that has run for a while. Else glibc gives large blocks
+    back to the system and takes them anew, page by page, until its own threshold has grown: whoever runs first pays."""
+    m_trim_threshold, m_mmap_max = -1, -4
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 @pytest.fixture(scope="session")

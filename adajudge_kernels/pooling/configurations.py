@@ -146,7 +146,7 @@ def measured_tiles() -> dict[str, Tile]:
         return {}
     try:
         tiles = {name: _checked(name, entry) for name, entry in json.loads(path.read_text()).items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         logger.warning("%s is not used: %s; python -m adajudge_kernels.tune writes a new one", path, error)
         return {}
     logger.info("%d measured configurations from %s", len(tiles), path)

@@ -5,6 +5,8 @@ second kernel combines a sequence's chunks in order. So a sequence's bits depend
 is summed by atomics, and nothing of size [T, d] is written in the forward. All arithmetic is in `ACC` (fp32; fp64 for
 fp64 states), right after the load.
 
+Numbers that change from batch to batch are not specialised on: a new T compiles nothing.
+
 Names: `states` is the tuple of the K tensors ``[T, D]``, rows contiguous; D, K and everything in capitals is known at
 compile time. Offsets of elements are int64.
 """
@@ -439,7 +441,7 @@ def sum_alpha_parts(
     tl.store(grad_alpha + b * K + k, total, mask=k < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def sum_rows(
     rows,
     out,
@@ -571,7 +573,7 @@ def spread_attention(
                 tl.store(grad_states[k] + rows, total.to(grad_states[k].dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def zero_padding(
     outputs, roles, count, D: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -23,7 +23,8 @@ def weighted_sum(outputs):
     """A scalar that gives every output element its own gradient, the same for all who ask."""
     total = 0
     for i, out in enumerate(outputs):
-        ramp = torch.cos(torch.arange(out.numel(), dtype=torch.float64) * 1.7 + i).reshape(out.shape)
+        place = torch.arange(out.numel(), dtype=torch.float64, device=out.device)
+        ramp = torch.cos(place * 1.7 + i).reshape(out.shape)
         total = total + (out * ramp.to(out)).sum()
     return total
 

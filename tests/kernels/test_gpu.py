@@ -76,21 +76,22 @@ def test_work_is_queued_on_the_callers_stream(operation, device):
 
 @pooling
 def test_no_output_depends_on_what_was_in_fresh_memory(operation, device):
-    """Two runs, before each of which all memory that the allocator may hand out is filled with another pattern."""
+    """Three runs, before each of which the memory that the allocator will hand out is filled with another number."""
     layout, source = RAGGED.lay_out("padded_left", device)
     results = []
-    for fill in (float("nan"), 1e30):
-        torch.cuda.empty_cache()
-        blocks = [torch.full((size,), fill, device=device) for size in (64, 1024, 2**16, 2**20, 2**24)]
-        del blocks
-        inputs = draw(operation, RAGGED, 100, 3, torch.float32, device)
-        results.append(run_operation(operation, inputs, layout, source))
+    for fill in (0.0, float("nan"), 1e30):
         torch.manual_seed(0)
-    again = run_operation(operation, draw(operation, RAGGED, 100, 3, torch.float32, device), layout, source)
-    assert all(out.isfinite().all() for out in again[0])
-    for outputs, gradients in results:
-        assert all(out.isfinite().all() for out in outputs)
-        assert all(g is None or g.isfinite().all() for g in gradients.values())
+        inputs = draw(operation, RAGGED, 100, 3, torch.float32, device)
+        torch.cuda.empty_cache()
+        blocks = [torch.full((2**k,), fill, device=device) for k in range(6, 25, 2)]
+        torch.cuda.synchronize()
+        del blocks
+        results.append(run_operation(operation, inputs, layout, source))
+    for outputs, gradients in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outputs, results[0][0], strict=True))
+        for name, gradient in gradients.items():
+            expected = results[0][1][name]
+            assert (gradient is None and expected is None) or torch.equal(gradient, expected), name
 
 
 def test_more_than_two_to_the_31_elements(device):

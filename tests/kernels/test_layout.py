@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+import adajudge_kernels as ak
 from adajudge_kernels import SequenceLayout, TokenRole
 from adajudge_kernels.layout import CHUNK_TOKENS
 from tests.kernels.batches import LAYOUTS, RAGGED, batches
@@ -123,3 +124,37 @@ def test_a_prompt_without_candidates_is_read_by_no_sequence():
 def test_malformed_layouts_are_named(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.fixture
+def another_default_device():
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+def build_all(masks):
+    return [
+        ak.SequenceLayout.padded(*masks),
+        ak.SequenceLayout.packed([1, 2], [2, 1], "cpu"),
+        ak.SequenceLayout.shared_prompts([2], [[1, 2]], "cpu"),
+    ]
+
+
+MASKS = torch.ones(2, 3), torch.tensor([[0, 0, 1], [0, 1, 1]])
+
+
+@pytest.mark.usefixtures("another_default_device")
+def test_the_default_device_does_not_matter():
+    for layout in build_all(MASKS):
+        assert layout.device == torch.device("cpu")
+        assert layout.position_ids().device == torch.device("cpu")
+
+
+def test_a_layout_made_for_inference_serves_training():
+    with torch.inference_mode():
+        layouts = build_all([mask + 0 for mask in MASKS])
+    for layout in layouts:
+        hidden = torch.randn(layout.num_tokens, 4, requires_grad=True)
+        ak.AdaJudgeHead(4)(hidden, layout).reward.sum().backward()
+        assert hidden.grad.isfinite().all()
