@@ -26,7 +26,7 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/score.py
 
 test: lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations=5
+	$(BIN)/python -m pytest -n $(WORKERS) --durations=5
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=5 tests/kernels -k triton-cpu
 
 lint: $(INSTALLED)

@@ -1,5 +1,6 @@
 """The README's blocks run as they stand."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -32,33 +33,42 @@ def test_the_block_runs(block, monkeypatch):
     exec(compile(block, "README.md", "exec"), {})
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+@pytest.fixture
+def checkout(tmp_path):
     """A folder that looks like the checkout and takes what the commands write."""
-    folder = tmp_path_factory.mktemp("checkout")
     for path in ROOT.iterdir():
         if not path.name.startswith(".") and path.name not in ("out", "build"):
-            (folder / path.name).symlink_to(path)
-    return folder
+            (tmp_path / path.name).symlink_to(path)
+    return tmp_path
 
 
-@pytest.mark.xdist_group("readme")  # later commands need what earlier ones wrote
-@pytest.mark.parametrize("command", COMMANDS, ids=range(len(COMMANDS)))
-def test_the_command_runs(command, folder):
-    program, *arguments = shlex.split(command, comments=True)
-    expected = 0
-    if program == "make":  # the targets themselves are what a reader runs
-        called = ["make", "-n", *arguments]
-    elif program == "pip":
-        called = [sys.executable, "-m", "pip", *arguments, "--dry-run", "--no-deps", "--no-build-isolation"]
-    elif program == "adajudge":
-        called = [sys.executable, "-m", "adajudge.cli", *arguments]
-        expected = 1 if arguments[:2] == ["score", "examples/pairs.jsonl"] else 0
-    else:
-        assert program == "python"
-        called = [sys.executable, *arguments]
-    result = subprocess.run(called, cwd=folder, capture_output=True, text=True, check=False)
-    assert result.returncode == expected, result.stderr
+def test_the_commands_run_in_their_order(checkout):
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    for command in COMMANDS:
+        program, *arguments = shlex.split(command, comments=True)
+        expected = 0
+        if program == "make":  # the targets themselves are what a reader runs
+            called = ["make", "-n", *arguments]
+        elif program == "pip":
+            called = [
+                sys.executable,
+                "-m",
+                "pip",
+                *arguments,
+                "--dry-run",
+                "--no-deps",
+                "--no-build-isolation",
+            ]
+        elif program == "adajudge":
+            called = [sys.executable, "-m", "adajudge.cli", *arguments]
+            expected = 1 if arguments[:2] == ["score", "examples/pairs.jsonl"] else 0
+        else:
+            assert program == "python"
+            called = [sys.executable, *arguments]
+        result = subprocess.run(
+            called, cwd=checkout, capture_output=True, text=True, env=variables, check=False
+        )
+        assert result.returncode == expected, f"{command}: {result.stderr}"
 
 
 def test_the_measured_table_is_what_the_report_prints():
