@@ -56,7 +56,7 @@ def operations(
         "spread_means": gradients(masked_mean_pool(states[0], packed, "all"), states[:1]),
         "spread_attention": gradients(pool(shared), states),
     }
-    if d > min(configurations.WIDEST_ROW.values()):
+    if d > configurations.widest_row("scan_backward", depths, dtype):
         found["dots"] = found["scan_backward"]
     return found
 

@@ -27,9 +27,14 @@ from adajudge_kernels.layout import CHUNK_TOKENS
 
 logger = logging.getLogger("adajudge_kernels")
 
-WIDEST_ROW = {"scan": 8192, "scan_backward": 4096}
-"""Features that one program can hold whole, with the running sums beside them, in its registers: wider rows spill. The
-other kernels need no whole row."""
+
+def widest_row(kernel: str, depths: int, dtype: torch.dtype) -> int:
+    """Features that one program can hold whole, with the running sums beside them, in its registers: wider rows spill.
+    The kernels that need no whole row have none."""
+    if kernel == "scan_backward":
+        return 2048 if dtype.itemsize > 2 and depths > 3 else 4096
+    return 8192 if kernel == "scan" else 0
+
 
 WIDEST_PART = 1024
 """Features of a step of the kernels that need no whole row."""
@@ -47,6 +52,9 @@ class Tile(NamedTuple):
     block: int
     warps: int
     stages: int = 1
+    registers: int | None = (
+        None  # a thread may use; None leaves it to the compiler, which may spill to use fewer
+    )
 
 
 class _Step(NamedTuple):
@@ -56,16 +64,15 @@ class _Step(NamedTuple):
     per_thread: int
     most_tokens: int = 16
     most_warps: int = 16
+    registers: int | None = None
 
 
 # By kernel, and for the backward by the bytes of K numbers: its registers grow with them.
 _STEPS = {
     "scan": _Step(8192, 16),
-    "scan_backward": _Step(2048, 8),
-    "scan_backward, 2 bytes, K > 3": _Step(4096, 16),
-    "scan_backward, 4 bytes, K > 1": _Step(2048, 16),
-    "scan_backward, 4 bytes, K > 4": _Step(2048, 8, most_warps=8),
-    "dots": _Step(4096, 16),
+    "scan_backward": _Step(2048, 8, registers=128),
+    "scan_backward, more than 6 bytes": _Step(2048, 8, most_warps=8, registers=255),
+    "dots": _Step(2048, 8, registers=128),
     "sums": _Step(4096, 16),
     "spread_means": _Step(4096, 16),
     "spread_attention": _Step(2048, 8, 8),
@@ -101,13 +108,12 @@ def _chosen(kernel: str, d: int, depths: int, dtype: torch.dtype) -> Tile:
 def default_tile(kernel: str, d: int, depths: int, dtype: torch.dtype) -> Tile:
     """What the table says, without a measurement."""
     row = max(16, 1 << (d - 1).bit_length())
-    block = row if d <= WIDEST_ROW.get(kernel, 0) else min(row, WIDEST_PART)
-    step = _STEPS[kernel]
-    if kernel == "scan_backward" and depths * dtype.itemsize > 6:
-        width = "2 bytes, K > 3" if dtype.itemsize == 2 else f"4 bytes, K > {4 if depths > 4 else 1}"
-        step = _STEPS[f"{kernel}, {width}"]
+    block = row if d <= widest_row(kernel, depths, dtype) else min(row, WIDEST_PART)
+    heavy = kernel == "scan_backward" and depths * dtype.itemsize > 6
+    step = _STEPS[f"{kernel}, more than 6 bytes" if heavy else kernel]
     tokens = min(step.most_tokens, max(1, step.numbers // block))
-    return Tile(tokens, block, min(step.most_warps, max(4, tokens * block // (32 * step.per_thread))))
+    warps = min(step.most_warps, max(4, tokens * block // (32 * step.per_thread)))
+    return Tile(tokens, block, warps, registers=step.registers)
 
 
 def candidates(kernel: str, d: int, depths: int, dtype: torch.dtype) -> list[Tile]:
@@ -118,7 +124,8 @@ def candidates(kernel: str, d: int, depths: int, dtype: torch.dtype) -> list[Til
         for warps in (2, 4, 8, 16):
             per_thread = tokens * default.block // (32 * warps)
             if 4 <= per_thread <= 32:
-                found += [Tile(tokens, default.block, warps, stages) for stages in (1, 2, 3)]
+                found += [default._replace(tokens=tokens, warps=warps, stages=n) for n in (1, 2, 3)]
+                found.append(default._replace(tokens=tokens, warps=warps, registers=None))
     return list(dict.fromkeys(found))
 
 
@@ -161,6 +168,7 @@ def _checked(name: str, entry: object) -> Tile:
     kernel, d, depths, dtype = re.fullmatch(r"(\w+) d=(\d+) K=(\d) (\w+)", name).groups()  # type: ignore[union-attr]
     powers = all(isinstance(x, int) and x > 0 and x & (x - 1) == 0 for x in found[:3])
     fits = powers and found.tokens <= CHUNK_TOKENS and found.warps <= 32 and found.stages in range(1, 9)
+    fits = fits and (found.registers is None or found.registers in range(16, 256))
     default = default_tile(kernel, int(d), int(depths), getattr(torch, dtype))
     if not fits or found.block != default.block:
         raise ValueError(f"{name}: {entry!r} is no configuration of this kernel")

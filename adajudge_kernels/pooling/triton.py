@@ -1,7 +1,7 @@
 """The pooling operations on Triton kernels: what is launched, in which order, with which scratch memory.
 
 Scratch is two fp32 numbers per chunk of `CHUNK_TOKENS` tokens and feature in the forward (2 / 64 of a state's numbers),
-one in the backward. Rows wider than the kernel's `WIDEST_ROW` do not fit a program's registers: their logits are
+one in the backward. Rows wider than `widest_row` do not fit a program's registers: their logits are
 computed first, and the states are read twice.
 """
 
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from adajudge_kernels.layout import CHUNK_TOKENS, LayoutTables
 from adajudge_kernels.pooling import triton_kernels as kernels
-from adajudge_kernels.pooling.configurations import COMBINED_CHUNKS, WIDEST_ROW, Tile, tile
+from adajudge_kernels.pooling.configurations import COMBINED_CHUNKS, Tile, tile, widest_row
 from adajudge_kernels.registration import arithmetic_dtype
 
+_ON_AMD = torch.version.hip is not None  # whose compiler has no such limit
 _TRITON_DTYPES = {torch.float32: triton.language.float32, torch.float64: triton.language.float64}
 
 
@@ -168,7 +169,7 @@ def _views_forward(
     log_sum_exp = states[0].new_empty(batch, dtype=acc)
     if not batch:
         return last, mean, attention, log_sum_exp
-    wide = d > WIDEST_ROW["scan"]
+    wide = d > widest_row("scan", len(states), states[0].dtype)
     plan = tile("scan", d, len(states), states[0].dtype)
     weighted = states[0].new_empty(chunks, d, dtype=acc)
     sums = states[0].new_empty(chunks, d, dtype=acc) if all_views else weighted
@@ -249,7 +250,7 @@ def _views_backward(
         return [torch.zeros_like(x) for x in states], dalpha, weight.new_zeros(d, dtype=acc)
     dstates = [torch.empty_like(x) for x in states]
     shared = tables.groups.shape[0] != batch
-    wide = d > WIDEST_ROW["scan_backward"]
+    wide = d > widest_row("scan_backward", depths, states[0].dtype)
     plan = tile("scan_backward", d, depths, states[0].dtype)
     blocks = _parts(d, plan.block)
     constants = {"D": d, "K": depths, "WEIGHTED": all_views}
@@ -497,7 +498,7 @@ def _sum_rows(rows: Tensor) -> Tensor:
 
 
 def _constants(plan: Tile, acc: torch.dtype) -> dict[str, object]:
-    return {
+    constants = {
         "CHUNK": CHUNK_TOKENS,
         "TOKENS": plan.tokens,
         "BLOCK": plan.block,
@@ -505,6 +506,9 @@ def _constants(plan: Tile, acc: torch.dtype) -> dict[str, object]:
         "num_warps": plan.warps,
         "num_stages": plan.stages,
     }
+    if plan.registers is not None and not _ON_AMD:
+        constants["maxnreg"] = plan.registers
+    return constants
 
 
 def _aligned(x: Tensor) -> Tensor:

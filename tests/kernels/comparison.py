@@ -6,6 +6,7 @@ import torch
 
 from tests.kernels.batches import place
 from tests.kernels.operations import over_tokens
+from tests.summary import note_error
 
 ABSOLUTE = 1e-6
 # A gradient is stored in its input's dtype. Plain PyTorch may be lucky with the last bit of all of few numbers, so one
@@ -60,14 +61,21 @@ def error(ours, exact):
     return float((ours.cpu().double() - exact).abs().max()) if ours.numel() else 0.0
 
 
-def assert_within_contract(ours, plain, exact):
-    """Error at most twice that of plain PyTorch in the same dtype, plus 1e-6, for outputs and gradients."""
+def assert_within_contract(ours, plain, exact, name, dtype):
+    """Error at most twice that of plain PyTorch in the same dtype, plus 1e-6, for outputs and gradients.
+
+    The worst of the operation `name` on states of `dtype` is told at the end of the run.
+    """
     (outputs, gradients), (plain_outputs, plain_gradients), (truth, true_gradients) = ours, plain, exact
     for i, expected in enumerate(truth):
         bound = 2 * error(plain_outputs[i], expected) + ABSOLUTE
-        assert error(outputs[i], expected) <= bound, f"output {i}"
-    for name, expected in true_gradients.items():
-        bound = 2 * error(plain_gradients[name], expected) + ABSOLUTE
-        if gradients[name] is not None and expected is not None and expected.numel():
-            bound += ROUNDING.get(gradients[name].dtype, 0.0) * float(expected.abs().max())
-        assert error(gradients[name], expected) <= bound, f"gradient of {name}"
+        found = error(outputs[i], expected)
+        note_error(name, dtype, found, bound)
+        assert found <= bound, f"output {i}"
+    for variable, expected in true_gradients.items():
+        bound = 2 * error(plain_gradients[variable], expected) + ABSOLUTE
+        if gradients[variable] is not None and expected is not None and expected.numel():
+            bound += ROUNDING.get(gradients[variable].dtype, 0.0) * float(expected.abs().max())
+        found = error(gradients[variable], expected)
+        note_error(name, dtype, found, bound)
+        assert found <= bound, f"gradient of {variable}"

@@ -67,9 +67,10 @@ def test_candidates_that_do_not_run_are_passed_over(file):
 @pytest.mark.parametrize(
     "entry",
     [
-        {"tokens": 3, "block": 4096, "warps": 8, "stages": 1},
-        {"tokens": 128, "block": 4096, "warps": 8, "stages": 1},
-        {"tokens": 2, "block": 2048, "warps": 8, "stages": 1},
+        {"tokens": 3, "block": 4096, "warps": 8, "stages": 1, "registers": None},
+        {"tokens": 128, "block": 4096, "warps": 8, "stages": 1, "registers": None},
+        {"tokens": 2, "block": 2048, "warps": 8, "stages": 1, "registers": None},
+        {"tokens": 2, "block": 4096, "warps": 8, "stages": 1, "registers": 300},
         {"tokens": 2, "block": 4096, "warps": 8},
         [2, 4096, 8, 1],
     ],
@@ -84,8 +85,8 @@ def test_a_broken_file_is_told_and_not_used(file, entry, caplog):
     "text",
     [
         "{",
-        '{"nonsense": {"tokens": 2, "block": 2, "warps": 4, "stages": 1}}',
-        '{"old d=64 K=1 float32": {"tokens": 2, "block": 64, "warps": 4, "stages": 1}}',
+        '{"nonsense": {"tokens": 2, "block": 2, "warps": 4, "stages": 1, "registers": None}}',
+        '{"old d=64 K=1 float32": {"tokens": 2, "block": 64, "warps": 4, "stages": 1, "registers": None}}',
         "[]",
     ],
 )

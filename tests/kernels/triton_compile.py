@@ -29,7 +29,7 @@ _POINTERS = {
     torch.int32: "*i32",
     torch.int8: "*i8",
 }
-_OPTIONS = ("num_warps", "num_stages")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,10 @@ def compile_launch(launch, target):
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs=attributes,
     )
-    kernel = triton.compile(source, target=target, options=dict(launch.options))
+    options = dict(launch.options)
+    if target.backend != "cuda":
+        options.pop("maxnreg", None)
+    kernel = triton.compile(source, target=target, options=options)
     if target.backend != "cuda":
         return Compiled(0, 0, kernel.metadata.shared, kernel.asm["amdgcn"])
     registers, stack = _resources(kernel.asm["cubin"])
