@@ -19,7 +19,7 @@ from adajudge_kernels.backends import (
     unavailable_reason,
 )
 
-_PACKAGES = ("torch", "triton", "transformers", "safetensors", "peft", "accelerate", "flash-attn")
+_PACKAGES = ("triton", "transformers", "safetensors", "peft", "accelerate", "flash-attn")
 
 
 def report() -> list[tuple[str, list[tuple[str, str]]]]:
@@ -33,7 +33,11 @@ def report() -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def _software() -> list[tuple[str, str]]:
-    lines = [("adajudge-kernels", __version__), ("python", platform.python_version())]
+    lines = [
+        ("adajudge-kernels", __version__),
+        ("python", platform.python_version()),
+        ("torch", torch.__version__),
+    ]
     for package in _PACKAGES:
         try:
             lines.append((package, importlib.metadata.version(package)))

@@ -32,8 +32,10 @@ def widest_row(kernel: str, depths: int, dtype: torch.dtype) -> int:
     """Features that one program can hold whole, with the running sums beside them, in its registers: wider rows spill.
     The kernels that need no whole row have none."""
     if kernel == "scan_backward":
-        return 2048 if dtype.itemsize > 2 and depths > 3 else 4096
-    return 8192 if kernel == "scan" else 0
+        return 2048 if depths > (4 if dtype.itemsize == 2 else 3) else 4096
+    if kernel == "scan":
+        return 4096 if dtype.itemsize > 2 and depths > 4 else 8192
+    return 0
 
 
 WIDEST_PART = 1024
@@ -67,10 +69,11 @@ class _Step(NamedTuple):
     registers: int | None = None
 
 
-# By kernel, and for the backward by the bytes of K numbers: its registers grow with them.
+# By kernel, and for the scans by the bytes of K numbers: their registers grow with them.
 _STEPS = {
-    "scan": _Step(8192, 16),
-    "scan_backward": _Step(2048, 8, registers=128),
+    "scan": _Step(8192, 16, registers=128),
+    "scan, more than 12 bytes": _Step(4096, 16, most_warps=8, registers=255),
+    "scan_backward": _Step(1024, 8, registers=128),
     "scan_backward, more than 6 bytes": _Step(2048, 8, most_warps=8, registers=255),
     "dots": _Step(2048, 8, registers=128),
     "sums": _Step(4096, 16),
@@ -109,8 +112,11 @@ def default_tile(kernel: str, d: int, depths: int, dtype: torch.dtype) -> Tile:
     """What the table says, without a measurement."""
     row = max(16, 1 << (d - 1).bit_length())
     block = row if d <= widest_row(kernel, depths, dtype) else min(row, WIDEST_PART)
-    heavy = kernel == "scan_backward" and depths * dtype.itemsize > 6
-    step = _STEPS[f"{kernel}, more than 6 bytes" if heavy else kernel]
+    heavy = {"scan": 12, "scan_backward": 6}.get(kernel)
+    if heavy is not None and depths * dtype.itemsize > heavy:
+        step = _STEPS[f"{kernel}, more than {heavy} bytes"]
+    else:
+        step = _STEPS[kernel]
     tokens = min(step.most_tokens, max(1, step.numbers // block))
     warps = min(step.most_warps, max(4, tokens * block // (32 * step.per_thread)))
     return Tile(tokens, block, warps, registers=step.registers)

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, cached_file
 
 from adajudge.attention_masks import check_keeps_apart, flash_arguments, prepared_masks
 from adajudge.configuration import AdaJudgeConfig
@@ -200,6 +200,7 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
         _check_complete(str(name), info, ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"))
         if adapter is not None:
             model.load_adapter(adapter, adapter_kwargs=adapter_options)
+            _load_adapter_head(model, adapter, options)
         return (model, info) if want_info else model
 
     def get_input_embeddings(self) -> torch.nn.Module:
@@ -438,6 +439,22 @@ def _reading(name: Any) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise ValueError(f"{name}: its weights cannot be read, the file is broken: {error}") from error
+
+
+def _load_adapter_head(model: Any, adapter: Any, options: Mapping[str, Any]) -> None:
+    """Fill the head that was trained beside an adapter; transformers 5.17 leaves it as it was initialised."""
+    if not hasattr(model.head, "modules_to_save"):
+        return  # the adapter has none: the judge's own head is what it was trained with
+    where = {key: options[key] for key in _WHERE if key in options}
+    prefix = "base_model.model.head."
+    with safe_open(cached_file(adapter, "adapter_model.safetensors", **where), "pt") as file:
+        names = [key for key in list(file.keys()) if key.startswith(prefix)]
+        saved = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+    (head,) = model.head.modules_to_save.values()
+    _check_complete(
+        str(adapter), {"missing_keys": head.state_dict().keys() - saved.keys()}, ("missing_keys",)
+    )
+    head.load_state_dict(saved)
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
