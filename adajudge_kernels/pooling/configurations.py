@@ -171,7 +171,10 @@ def _checked(name: str, entry: object) -> Tile:
     if not isinstance(entry, dict) or set(entry) != set(Tile._fields):
         raise ValueError(f"{name}: {entry!r} came, expected {', '.join(Tile._fields)}")
     found = Tile(**entry)
-    kernel, d, depths, dtype = re.fullmatch(r"(\w+) d=(\d+) K=(\d) (\w+)", name).groups()  # type: ignore[union-attr]
+    named = re.fullmatch(r"(\w+) d=(\d+) K=(\d) (\w+)", name)
+    if named is None:
+        raise ValueError(f"{name!r} names no configuration")
+    kernel, d, depths, dtype = named.groups()
     powers = all(isinstance(x, int) and x > 0 and x & (x - 1) == 0 for x in found[:3])
     fits = powers and found.tokens <= CHUNK_TOKENS and found.warps <= 32 and found.stages in range(1, 9)
     fits = fits and (found.registers is None or found.registers in range(16, 256))

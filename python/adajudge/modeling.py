@@ -255,7 +255,7 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
             raise ValueError(
                 "labels came; a judge is trained on pairs, see adajudge_kernels.focal_bradley_terry_loss"
             )
-        unknown = sorted(options.keys() - self._backbone_options())
+        unknown = sorted(options.keys() - self._backbone_options()) if options else None
         if unknown:
             raise TypeError(f"forward() got unexpected keyword arguments: {', '.join(unknown)}")
         if options.get("past_key_values") is not None:

@@ -9,8 +9,9 @@ from tests.kernels.operations import over_tokens
 from tests.summary import note_error
 
 ABSOLUTE = 1e-6
-# A gradient is stored in its input's dtype. Plain PyTorch may be lucky with the last bit of all of few numbers, so one
-# rounding is always granted. Triton's interpreter stores bf16 by cutting bits off: a whole step, not half of one.
+# A prompt token that a layout holds once per candidate has its gradients rounded apart and summed in the states' dtype by
+# autograd, outside the operation; plain PyTorch, which reads it once, rounds once. Triton's interpreter stores bf16 by
+# cutting bits off: a whole step, not half of one.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ROUNDING = {torch.float16: 2**-11, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8}
 
@@ -74,8 +75,9 @@ def assert_within_contract(ours, plain, exact, name, dtype):
         assert found <= bound, f"output {i}"
     for variable, expected in true_gradients.items():
         bound = 2 * error(plain_gradients[variable], expected) + ABSOLUTE
-        if gradients[variable] is not None and expected is not None and expected.numel():
-            bound += ROUNDING.get(gradients[variable].dtype, 0.0) * float(expected.abs().max())
+        ours_here = gradients[variable]
+        if over_tokens(variable) and ours_here is not None and expected is not None and expected.numel():
+            bound += ROUNDING.get(ours_here.dtype, 0.0) * float(expected.abs().max())
         found = error(gradients[variable], expected)
         note_error(name, dtype, found, bound)
         assert found <= bound, f"gradient of {variable}"

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from adajudge_kernels import tune
+from adajudge_kernels import backends, tune
 from adajudge_kernels.pooling import configurations
 from adajudge_kernels.pooling.configurations import Tile, candidates, default_tile
 
@@ -96,12 +96,22 @@ def test_a_file_of_something_else_is_told_and_not_used(file, text, caplog):
     assert "is not used" in caplog.text
 
 
-def test_every_kernel_has_a_call_that_launches_it():
-    """On the CPU the reference serves the calls; on a GPU they launch the kernels."""
-    calls = tune.operations(16, 2, torch.float32, 1024, torch.device("cpu"))
-    assert set(calls) | {"dots"} == {name.split(",")[0] for name in configurations._STEPS}
-    for call in calls.values():
-        call()
+@pytest.mark.parametrize(
+    "kernel", ["scan", "scan_backward", "sums", "dots", "spread_means", "spread_attention"]
+)
+def test_every_kernel_has_a_call_that_launches_it_as_forced(kernel, file, monkeypatch):
+    pytest.importorskip("triton")
+    from tests.kernels.triton_compile import recorded_launches
+
+    monkeypatch.setattr(backends, "_TRITON_INTERPRETED", True)  # nothing is run: let CPU tensors through
+    d = 8192 if kernel == "dots" else 16
+    with backends.use_backend("triton", families=("pooling",)), recorded_launches() as found:
+        calls = tune.operations(d, 2, torch.float32, 1024, torch.device("cpu"))
+        forced = default_tile(kernel, d, 2, torch.float32)._replace(tokens=64)
+        found.clear()
+        with configurations.forced_tile(kernel, forced):
+            calls[kernel]()
+    assert 64 in [dict(launch.constants).get("TOKENS") for launch in found if launch.name != "zero_padding"]
 
 
 def test_wide_rows_are_tuned_with_their_own_kernel():
