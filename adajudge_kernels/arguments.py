@@ -26,14 +26,15 @@ def check_layout(layout: object) -> None:
 
 def check_float(name: str, x: object, dims: int, form: str | tuple[int, ...]) -> None:
     """`x` is a floating point tensor of `dims` dimensions; `form` is what they should be, e.g. ``[T, d]``."""
+    if isinstance(x, Tensor) and x.dim() == dims and x.dtype in FLOAT_DTYPES:
+        return
     if not isinstance(x, Tensor):
         raise ValueError(f"{name}: {type(x).__name__} came, expected a tensor {_written(form)}")
     if x.dim() != dims:
         raise ValueError(f"{name}: shape {tuple(x.shape)} came, expected {_written(form)}")
-    if x.dtype not in FLOAT_DTYPES:
-        raise ValueError(
-            f"{name}: dtype {x.dtype} came, expected float32, bfloat16 or float16 (float64 for checking)"
-        )
+    raise ValueError(
+        f"{name}: dtype {x.dtype} came, expected float32, bfloat16 or float16 (float64 for checking)"
+    )
 
 
 def _written(form: str | tuple[int, ...]) -> str:
@@ -44,12 +45,13 @@ def check_states(name: str, hidden: object, layout: SequenceLayout) -> None:
     """`hidden` is ``[T, d]`` over the layout's T tokens, on its device."""
     check_float(name, hidden, 2, "[T, d]")
     assert isinstance(hidden, Tensor)
-    if hidden.shape[0] != layout.num_tokens:
+    tokens, features = hidden.shape
+    if tokens != layout.num_tokens:
         raise ValueError(
             f"{name}: shape {tuple(hidden.shape)} came, expected [{layout.num_tokens}, d] for this layout"
         )
-    if not 1 <= hidden.shape[1] <= MAX_FEATURES:
-        raise ValueError(f"{name}: {hidden.shape[1]} features came, expected 1 to {MAX_FEATURES}")
+    if not 1 <= features <= MAX_FEATURES:
+        raise ValueError(f"{name}: {features} features came, expected 1 to {MAX_FEATURES}")
     if hidden.device != layout.device:
         raise ValueError(
             f"{name}: on {hidden.device}, but the layout is on {layout.device}; use layout.to(..)"
@@ -58,9 +60,9 @@ def check_states(name: str, hidden: object, layout: SequenceLayout) -> None:
 
 def check_like(name: str, x: object, shape: tuple[int, ...], other: Tensor, other_name: str) -> None:
     """`x` is floating point of exactly `shape`, on the device of `other`, and fp64 only if `other` is."""
-    check_float(name, x, len(shape), shape)
-    assert isinstance(x, Tensor)
-    if tuple(x.shape) != tuple(shape):
+    if not isinstance(x, Tensor) or x.shape != shape or x.dtype not in FLOAT_DTYPES:
+        check_float(name, x, len(shape), shape)
+        assert isinstance(x, Tensor)
         raise ValueError(f"{name}: shape {tuple(x.shape)} came, expected {_written(shape)}")
     if x.device != other.device:
         raise ValueError(f"{name}: on {x.device}, but {other_name} is on {other.device}")

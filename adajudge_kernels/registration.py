@@ -8,7 +8,6 @@ chosen before the call; the forward's choice serves the backward too.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -67,52 +66,53 @@ class Operation:
             )
         if torch._C._len_torch_dispatch_stack():  # fake tensors, proxies ..
             return self._opaque(*args)
-        lengths: list[int | None] = []  # of the lists of tensors that take part in autograd
-        wants_gradient = False
-        for arg in args:
-            wanted = False
-            for x in arg if isinstance(arg, list) else (arg,):
-                if isinstance(x, Tensor):
+        wanted: list[
+            Tensor
+        ] = []  # what gradients are wanted of, and where it lies: argument, place in its list
+        places: list[tuple[int, int | None]] = []
+        for i, arg in enumerate(args):
+            kind = type(arg)
+            if kind is Tensor or kind is Parameter:
+                if arg.requires_grad:
+                    wanted.append(arg)
+                    places.append((i, None))
+            elif kind is list:
+                for k, x in enumerate(arg):
                     if type(x) is not Tensor and type(x) is not Parameter:
                         return self._opaque(*args)
-                    wanted = wanted or x.requires_grad
-            lengths.append(len(arg) if wanted and isinstance(arg, list) else None)
-            wants_gradient = wants_gradient or wanted
-        if not wants_gradient or not torch.is_grad_enabled():
+                    if x.requires_grad:
+                        wanted.append(x)
+                        places.append((i, k))
+            elif isinstance(arg, Tensor):  # a subclass: its __torch_dispatch__ wants to see the operator
+                return self._opaque(*args)
+        if not wanted or not torch.is_grad_enabled():
             return self._run(*args)
-        if (
-            self._context is None
-        ):  # a backward operation: its autograd says that there is no second derivative
+        if self._context is None:  # a backward: its autograd says that there is no second derivative
             return self._opaque(*args)
-        flat: list[Any] = []
-        for arg, length in zip(args, lengths, strict=True):
-            flat += [arg] if length is None else arg
-        return _Direct.apply(self, lengths, *flat)
+        return _apply(self, args, places, *wanted)
 
 
 class _Direct(torch.autograd.Function):
-    """An operation's forward and backward without an operator around them; lists that want gradients come flat."""
+    """An operation's forward and backward without an operator around them."""
 
     @staticmethod
-    def forward(ctx: Any, operation: Operation, lengths: list[int | None], *flat: Any) -> Any:
-        rest = iter(flat)
-        args = [next(rest) if n is None else list(itertools.islice(rest, n)) for n in lengths]
-        ctx.operation, ctx.lengths = operation, lengths
+    def forward(
+        ctx: Any, operation: Operation, args: tuple[Any, ...], places: list[Any], *wanted: Tensor
+    ) -> Any:
         output = operation._run(*args)
-        assert operation._context is not None
-        operation._context(ctx, tuple(args), output)
+        ctx.operation, ctx.places = operation, places
+        operation._context(ctx, args, output)  # type: ignore[misc]
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         gradients = ctx.operation._gradients(ctx, *grads)
-        flat: list[Tensor | None] = []
-        for gradient, length in zip(gradients, ctx.lengths, strict=True):
-            if length is not None:
-                flat += gradient
-            else:
-                flat.append(None if isinstance(gradient, list) else gradient)
-        return None, None, *flat
+        found = [gradients[i] if k is None else gradients[i][k] for i, k in ctx.places]
+        return None, None, None, *found
+
+
+# As _Direct.apply, without its questions about torch.func, which `Operation` has asked already.
+_apply = super(torch.autograd.Function, _Direct).apply
 
 
 def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Operation]:
@@ -121,10 +121,12 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
     The body runs with autocast off: operations do their arithmetic in fp32 whatever is around them.
     """
 
+    operation_name = name.removesuffix("_backward")
+
     def register(body: Callable[..., Any]) -> Operation:
         @functools.wraps(body)
         def run(*args: Any, **kwargs: Any) -> Any:
-            backends.log_once(name.removesuffix("_backward"), args[-1] if args else kwargs["backend"])
+            backends.log_once(operation_name, args[-1] if args else kwargs["backend"])
             if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
                 return body(*args, **kwargs)
             with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
@@ -134,10 +136,8 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
         definition = custom_op(f"adajudge::{name}", run, mutates_args=(), schema=schema)
         definition.register_fake(fake)
         operation = Operation(name, run, definition)
-        if name.endswith("_backward"):
-            operation.register_autograd(
-                functools.partial(_no_double_backward, name.removesuffix("_backward"))
-            )
+        if name != operation_name:
+            operation.register_autograd(functools.partial(_no_double_backward, operation_name))
         return operation
 
     return register

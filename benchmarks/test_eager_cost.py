@@ -1,7 +1,7 @@
-"""What a call costs the CPU in eager mode beyond the kernels: launches are left out, all else is as on a GPU.
+"""What a call costs the CPU in eager mode: launches are left out, all else is as on a GPU.
 
-Needs no GPU: nothing that is left out would wait for one. The other side is the same call through its torch.library
-operator.
+Needs no GPU: nothing that is left out would wait for one. The other sides are the same call through its torch.library
+operator, and what prepares the launches alone (outputs, scratch memory, grids): no checks, no operator, no autograd.
 """
 
 import pytest
@@ -30,6 +30,22 @@ def without_launches(monkeypatch):
     torch.set_num_threads(threads)
 
 
+def preparations():
+    """What each call asks of the Triton backend."""
+    from adajudge_kernels.pooling import triton
+
+    states = [torch.randn(LAYOUT.num_tokens, D) for _ in range(DEPTHS)]
+    alpha, weight, bias = torch.full((8, DEPTHS), 1 / DEPTHS), torch.zeros(D), torch.zeros(1)
+    gate_weight, gate_bias = torch.zeros(DEPTHS, D), torch.zeros(DEPTHS)
+    where = LAYOUT.tables, LAYOUT.max_length
+    return {
+        "depth_gate": lambda: triton.depth_gate_forward(states[0], gate_weight, gate_bias, *where),
+        "multi_view_pool": lambda: triton.multi_view_pool_forward(states, alpha, weight, bias, *where, False),
+        "masked_mean_pool": lambda: triton.masked_mean_pool_forward(states[0], *where, "response"),
+        "attention_pool": lambda: triton.attention_pool_forward(states[0], weight, bias, *where, False),
+    }
+
+
 def calls(gradients):
     states = [torch.randn(LAYOUT.num_tokens, D, requires_grad=gradients) for _ in range(DEPTHS)]
     alpha = torch.full((8, DEPTHS), 1 / DEPTHS, requires_grad=gradients)
@@ -43,13 +59,13 @@ def calls(gradients):
     }
 
 
-@pytest.mark.parametrize("side", ["adajudge_kernels", "torch.library operator"])
+@pytest.mark.parametrize("side", ["adajudge_kernels", "torch.library operator", "launches prepared"])
 @pytest.mark.parametrize("gradients", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("name", calls(False))
 @pytest.mark.usefixtures("without_launches")
 def test_eager_cost(benchmark, name, gradients, side, monkeypatch):
-    if side != "adajudge_kernels":
+    if side == "torch.library operator":
         monkeypatch.setattr(Operation, "__call__", lambda self, *args: self._opaque(*args))
-    call = calls(gradients)[name]
+    call = (preparations() if side == "launches prepared" else calls(gradients))[name]
     benchmark.group = f"eager cost of {name}, {'training' if gradients else 'inference'}"
     benchmark.pedantic(call, rounds=50, iterations=40, warmup_rounds=5)

@@ -35,20 +35,13 @@ def _kernels(backend: str) -> Any:
     return backends.load("pooling", backend)
 
 
-def _split_tables(ctx: Any) -> list[Any]:
-    """What an operator saved, its `LayoutTables` as one list at the end."""
-    count = len(LayoutTables._fields)
-    return [*ctx.saved_tensors[:-count], list(ctx.saved_tensors[-count:])]
+def _tables(layout: SequenceLayout) -> Any:
+    """The layout's tables; a tuple, which is how an `Operation` knows that they take no part in autograd."""
+    return layout.tables
 
 
-def _tables(layout: SequenceLayout) -> list[Tensor]:
-    assert layout.tables is not None  # checked by check_layout
-    return list(layout.tables)
-
-
-def _no_gradient() -> list[None]:
-    """For the tables: autograd wants one entry per tensor of a list."""
-    return [None] * len(LayoutTables._fields)
+# For the tables: autograd wants one entry per tensor of a list.
+_NO_GRADIENT: list[None] = [None] * len(LayoutTables._fields)
 
 
 def depth_gate(hidden: Tensor, weight: Tensor, bias: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
@@ -107,9 +100,9 @@ def _depth_gate_backward_fake(
     context: Tensor,
     weight: Tensor,
     bias: Tensor,
+    hidden_dtype: torch.dtype,
     tables: list[Tensor],
     max_length: int,
-    hidden_dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden = weight.new_empty(tables[0].shape[0], weight.shape[1], dtype=hidden_dtype)
@@ -124,9 +117,9 @@ def _depth_gate_backward(
     context: Tensor,
     weight: Tensor,
     bias: Tensor,
+    hidden_dtype: torch.dtype,
     tables: list[Tensor],
     max_length: int,
-    hidden_dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dhidden, dweight, dbias = _kernels(backend).depth_gate_backward(
@@ -143,18 +136,17 @@ def _depth_gate_backward(
 
 
 def _depth_gate_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, tables, ctx.max_length, ctx.backend = inputs
+    hidden, weight, bias, *ctx.call = inputs
     alpha, _, context = output
     ctx.hidden_dtype = hidden.dtype
-    ctx.save_for_backward(alpha, context, weight, bias, *tables)
+    ctx.save_for_backward(alpha, context, weight, bias)
 
 
 def _depth_gate_gradients(ctx: Any, grad_alpha: Tensor, grad_prompt: Tensor, _: Tensor) -> tuple[Any, ...]:
-    *saved, tables = _split_tables(ctx)
     dhidden, dweight, dbias = _depth_gate_backward(
-        grad_alpha, grad_prompt, *saved, tables, ctx.max_length, ctx.hidden_dtype, ctx.backend
+        grad_alpha, grad_prompt, *ctx.saved_tensors, ctx.hidden_dtype, *ctx.call
     )
-    return dhidden, dweight, dbias, _no_gradient(), None, None
+    return dhidden, dweight, dbias, _NO_GRADIENT, None, None
 
 
 _depth_gate.register_autograd(_depth_gate_gradients, setup_context=_depth_gate_context)
@@ -192,16 +184,15 @@ def multi_view_pool(
         raise ValueError(f"states: {type(states).__name__} came, expected a list of K tensors [T, d]")
     check_depths("states", len(states))
     check_states("states[0]", states[0], layout)
+    first = states[0]
+    shape, dtype = first.shape, first.dtype
     for k in range(1, len(states)):
-        check_like(f"states[{k}]", states[k], tuple(states[0].shape), states[0], "states[0]")
-        if states[k].dtype != states[0].dtype:
-            raise ValueError(
-                f"states[{k}]: dtype {states[k].dtype} came, expected {states[0].dtype} as states[0]"
-            )
-    d = states[0].shape[1]
-    check_like("depth_weights", depth_weights, (layout.num_sequences, len(states)), states[0], "states[0]")
-    check_like("attention_weight", attention_weight, (d,), states[0], "states[0]")
-    check_like("attention_bias", attention_bias, (1,), states[0], "states[0]")
+        check_like(f"states[{k}]", states[k], shape, first, "states[0]")
+        if states[k].dtype != dtype:
+            raise ValueError(f"states[{k}]: dtype {states[k].dtype} came, expected {dtype} as states[0]")
+    check_like("depth_weights", depth_weights, (layout.num_sequences, len(states)), first, "states[0]")
+    check_like("attention_weight", attention_weight, shape[1:], first, "states[0]")
+    check_like("attention_bias", attention_bias, (1,), first, "states[0]")
     check_choice("attention_tokens", attention_tokens, ("all", "response"))
     last, mean, attention, _ = _multi_view_pool(
         list(states),
@@ -211,7 +202,7 @@ def multi_view_pool(
         _tables(layout),
         layout.max_length,
         attention_tokens == "response",
-        backends.choose_backend(states[0].device, "pooling").backend,
+        backends.choose_backend(first.device, "pooling").backend,
     )
     return PooledViews(last, mean, attention)
 
@@ -290,20 +281,17 @@ def _multi_view_pool_backward(
 
 
 def _multi_view_pool_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    states, alpha, weight, bias, tables, ctx.max_length, ctx.response_only, ctx.backend = inputs
-    ctx.depths = len(states)
+    states, alpha, weight, bias, *ctx.call = inputs
     _, _, attention, log_sum_exp = output
-    ctx.save_for_backward(*states, alpha, weight, bias, attention, log_sum_exp, *tables)
+    ctx.save_for_backward(*states, alpha, weight, bias, attention, log_sum_exp)
 
 
 def _multi_view_pool_gradients(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    *saved, tables = _split_tables(ctx)
-    states, rest = saved[: ctx.depths], saved[ctx.depths :]
-    gradients = _multi_view_pool_backward(
-        list(grads[:3]), states, *rest, tables, ctx.max_length, ctx.response_only, ctx.backend
+    *states, alpha, weight, bias, attention, log_sum_exp = ctx.saved_tensors
+    *dstates, dalpha, dweight, dbias = _multi_view_pool_backward(
+        list(grads[:3]), states, alpha, weight, bias, attention, log_sum_exp, *ctx.call
     )
-    dstates, (dalpha, dweight, dbias) = gradients[: ctx.depths], gradients[ctx.depths :]
-    return list(dstates), dalpha, dweight, dbias, _no_gradient(), None, None, None
+    return dstates, dalpha, dweight, dbias, _NO_GRADIENT, None, None, None
 
 
 _multi_view_pool.register_autograd(_multi_view_pool_gradients, setup_context=_multi_view_pool_context)
@@ -343,10 +331,10 @@ def _masked_mean_pool(
 
 def _masked_mean_pool_backward_fake(
     grad: Tensor,
+    hidden_dtype: torch.dtype,
     tables: list[Tensor],
     max_length: int,
     tokens: str,
-    hidden_dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
     return grad.new_empty(tables[0].shape[0], grad.shape[1], dtype=hidden_dtype)
@@ -355,10 +343,10 @@ def _masked_mean_pool_backward_fake(
 @operator("masked_mean_pool_backward", _masked_mean_pool_backward_fake)
 def _masked_mean_pool_backward(
     grad: Tensor,
+    hidden_dtype: torch.dtype,
     tables: list[Tensor],
     max_length: int,
     tokens: str,
-    hidden_dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
     return _kernels(backend).masked_mean_pool_backward(
@@ -367,16 +355,13 @@ def _masked_mean_pool_backward(
 
 
 def _masked_mean_pool_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    hidden, tables, ctx.max_length, ctx.tokens, ctx.backend = inputs
+    hidden, *ctx.call = inputs
     ctx.hidden_dtype = hidden.dtype
-    ctx.save_for_backward(*tables)
 
 
 def _masked_mean_pool_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    dhidden = _masked_mean_pool_backward(
-        grad, list(ctx.saved_tensors), ctx.max_length, ctx.tokens, ctx.hidden_dtype, ctx.backend
-    )
-    return dhidden, _no_gradient(), None, None, None
+    dhidden = _masked_mean_pool_backward(grad, ctx.hidden_dtype, *ctx.call)
+    return dhidden, _NO_GRADIENT, None, None, None
 
 
 _masked_mean_pool.register_autograd(_masked_mean_pool_gradients, setup_context=_masked_mean_pool_context)
@@ -460,16 +445,13 @@ def _attention_pool_backward(
 
 
 def _attention_pool_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    hidden, weight, bias, tables, ctx.max_length, ctx.response_only, ctx.backend = inputs
-    ctx.save_for_backward(hidden, weight, bias, *output, *tables)
+    hidden, weight, bias, *ctx.call = inputs
+    ctx.save_for_backward(hidden, weight, bias, *output)
 
 
 def _attention_pool_gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-    *saved, tables = _split_tables(ctx)
-    dhidden, dweight, dbias = _attention_pool_backward(
-        grad, *saved, tables, ctx.max_length, ctx.response_only, ctx.backend
-    )
-    return dhidden, dweight, dbias, _no_gradient(), None, None, None
+    dhidden, dweight, dbias = _attention_pool_backward(grad, *ctx.saved_tensors, *ctx.call)
+    return dhidden, dweight, dbias, _NO_GRADIENT, None, None, None
 
 
 _attention_pool.register_autograd(_attention_pool_gradients, setup_context=_attention_pool_context)
