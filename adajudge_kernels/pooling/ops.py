@@ -186,10 +186,10 @@ def multi_view_pool(
     check_states("states[0]", states[0], layout)
     first = states[0]
     shape, dtype = first.shape, first.dtype
-    for k in range(1, len(states)):
-        check_like(f"states[{k}]", states[k], shape, first, "states[0]")
-        if states[k].dtype != dtype:
-            raise ValueError(f"states[{k}]: dtype {states[k].dtype} came, expected {dtype} as states[0]")
+    for k, x in enumerate(states):
+        if not isinstance(x, Tensor) or (x.shape, x.dtype, x.device) != (shape, dtype, first.device):
+            check_like(f"states[{k}]", x, shape, first, "states[0]")
+            raise ValueError(f"states[{k}]: dtype {x.dtype} came, expected {dtype} as states[0]")
     check_like("depth_weights", depth_weights, (layout.num_sequences, len(states)), first, "states[0]")
     check_like("attention_weight", attention_weight, shape[1:], first, "states[0]")
     check_like("attention_bias", attention_bias, (1,), first, "states[0]")
