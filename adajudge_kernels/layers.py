@@ -128,8 +128,7 @@ class RefinementBlock(nn.Module):
             hidden = torch.where((layout.roles != TokenRole.PADDING)[:, None], hidden, 0)
         _, normed = residual_rms_norm(hidden, None, self.attention_norm, self.eps)
         projected = _product(normed, self.qkv).unflatten(-1, (3, self.num_heads, -1))
-        query, key, value = projected.unbind(1)
-        attended = sequence_attention(query, key, value, layout, self.causal).flatten(1)
+        attended = sequence_attention([projected], layout, self.causal).flatten(1)
         hidden, normed = residual_rms_norm(hidden, _product(attended, self.output), self.mlp_norm, self.eps)
         return hidden + _product(swiglu(_product(normed, self.gate_up)), self.down)
 

@@ -10,15 +10,21 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK_TOKENS", "LayoutTables", "SequenceLayout", "TokenRole"]
+from adajudge_kernels.tables import (
+    CHUNK_TOKENS,
+    AttentionTables,
+    LayoutTables,
+    attention_tables,
+    int32,
+    pooling_tables,
+)
 
-CHUNK_TOKENS = 64
-"""Kernels cut a sequence into chunks of this many tokens, counted from its own start."""
+__all__ = ["CHUNK_TOKENS", "AttentionTables", "LayoutTables", "SequenceLayout", "TokenRole"]
 
 _INT32_MAX = 2**31 - 1
 
@@ -29,36 +35,6 @@ class TokenRole(enum.IntEnum):
     PADDING = 0
     PROMPT = 1
     RESPONSE = 2
-
-
-class LayoutTables(NamedTuple):
-    """What a pooling kernel needs to know of a layout, computed once on the host. All int32 but `roles`.
-
-    Attributes:
-        roles: int8 ``[T]``, a `TokenRole` per token slot.
-        sequences: ``[B, 8]``, (start0, stop0, start1, stop1, last response token, prompt tokens, response tokens,
-            number of the first chunk) per sequence.
-        chunks: ``[N]``, the sequence of each chunk, sequence after sequence.
-        groups: ``[G, 5]``, (start, stop, first reader, readers, number of the first chunk) per group of
-            `SequenceLayout.query_ranges`; the sequences that read a group are consecutive.
-        group_chunks: ``[M]``, the group of each chunk of a group.
-    """
-
-    roles: Tensor
-    sequences: Tensor
-    chunks: Tensor
-    groups: Tensor
-    group_chunks: Tensor
-
-    @property
-    def ranges(self) -> Tensor:
-        """``[B, 4]``: start0, stop0, start1, stop1."""
-        return self.sequences[:, :4]
-
-    @property
-    def last_response(self) -> Tensor:
-        """``[B]``: the last response token."""
-        return self.sequences[:, 4]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +55,9 @@ class SequenceLayout:
         key_ranges: int32 ``[G, 4]``, what the queries of a group see: (before its own range, its own range).
         readers: int32 ``[G, 2]``, which sequences read the tokens of a group: (first, count).
         max_length: tokens of the longest sequence (or of a longer prompt that no sequence reads).
-        tables: the above as kernels want it; filled in by `padded`, `packed` and `shared_prompts`.
+        tables: the above as pooling kernels want it; filled in by `padded`, `packed` and `shared_prompts`.
+        attention: as attention wants it, a query for every token.
+        response_attention: the same with queries for response tokens only.
         kept: int64 ``[T']``, the slots that are not padding; None where there is no padding.
         unpadded: the layout of ``states[kept]``; None where there is no padding.
         shares_prompts: whether the layout was built by `shared_prompts`.
@@ -96,6 +74,8 @@ class SequenceLayout:
     readers: Tensor
     max_length: int
     tables: LayoutTables | None = None
+    attention: AttentionTables | None = None
+    response_attention: AttentionTables | None = None
     kept: Tensor | None = None
     unpadded: SequenceLayout | None = None
     shares_prompts: bool = False
@@ -161,13 +141,13 @@ class SequenceLayout:
             response, TokenRole.RESPONSE, torch.where(real, TokenRole.PROMPT, TokenRole.PADDING)
         )
         layout = cls(
-            ranges=_int32(torch.stack([begin, end, empty, empty], dim=1)),
+            ranges=int32(torch.stack([begin, end, empty, empty], dim=1)),
             roles=roles.to(torch.int8).flatten(),
-            last_response=_int32(offset + last),
-            prompt_lengths=_int32(counts - response_lengths),
-            response_lengths=_int32(response_lengths),
-            query_ranges=_int32(torch.stack([begin, end], dim=1)),
-            key_ranges=_int32(torch.stack([empty, empty, begin, end], dim=1)),
+            last_response=int32(offset + last),
+            prompt_lengths=int32(counts - response_lengths),
+            response_lengths=int32(response_lengths),
+            query_ranges=int32(torch.stack([begin, end], dim=1)),
+            key_ranges=int32(torch.stack([empty, empty, begin, end], dim=1)),
             readers=_one_reader_each(batch),
             max_length=int(counts.max()) if batch else 0,
             padded_shape=(batch, length),
@@ -207,13 +187,13 @@ class SequenceLayout:
         empty = torch.zeros_like(start)
         return (
             cls(
-                ranges=_int32(torch.stack([start, stop, empty, empty], dim=1)),
+                ranges=int32(torch.stack([start, stop, empty, empty], dim=1)),
                 roles=_alternating_roles(torch.stack([prompts, responses], dim=1).flatten()),
-                last_response=_int32(stop - 1),
-                prompt_lengths=_int32(prompts),
-                response_lengths=_int32(responses),
-                query_ranges=_int32(torch.stack([start, stop], dim=1)),
-                key_ranges=_int32(torch.stack([empty, empty, start, stop], dim=1)),
+                last_response=int32(stop - 1),
+                prompt_lengths=int32(prompts),
+                response_lengths=int32(responses),
+                query_ranges=int32(torch.stack([start, stop], dim=1)),
+                key_ranges=int32(torch.stack([empty, empty, start, stop], dim=1)),
                 readers=_one_reader_each(len(start)),
                 max_length=int((prompts + responses).max()) if len(prompts) else 0,
             )
@@ -275,14 +255,14 @@ class SequenceLayout:
         nothing = torch.zeros_like(prompt_range)
         return (
             cls(
-                ranges=_int32(ranges),
+                ranges=int32(ranges),
                 roles=torch.repeat_interleave(piece_roles, lengths).to(torch.int8),
-                last_response=_int32(response_range[:, 1] - 1),
-                prompt_lengths=_int32(prompts[owner]),
-                response_lengths=_int32(responses),
-                query_ranges=_int32(torch.cat([prompt_range, response_range])),
-                key_ranges=_int32(torch.cat([torch.cat([nothing, prompt_range], dim=1), ranges])),
-                readers=_int32(
+                last_response=int32(response_range[:, 1] - 1),
+                prompt_lengths=int32(prompts[owner]),
+                response_lengths=int32(responses),
+                query_ranges=int32(torch.cat([prompt_range, response_range])),
+                key_ranges=int32(torch.cat([torch.cat([nothing, prompt_range], dim=1), ranges])),
+                readers=int32(
                     torch.cat(
                         [
                             torch.stack([torch.cumsum(candidates, 0) - candidates, candidates], dim=1),
@@ -313,18 +293,20 @@ class SequenceLayout:
 
     def _with_tables(self) -> SequenceLayout:
         """This layout with its `tables`."""
-        lengths = self.prompt_lengths + self.response_lengths
-        chunks, first_chunks = _chunks(lengths)
-        columns = (self.last_response, self.prompt_lengths, self.response_lengths, first_chunks)
-        group_chunks, first_group_chunks = _chunks(self.query_ranges[:, 1] - self.query_ranges[:, 0])
-        tables = LayoutTables(
-            self.roles,
-            torch.cat([self.ranges, torch.stack(columns, dim=1)], dim=1),
-            chunks,
-            torch.cat([self.query_ranges, self.readers, first_group_chunks[:, None]], dim=1),
-            group_chunks,
+        counts = (self.last_response, self.prompt_lengths, self.response_lengths)
+        groups = self.key_ranges, self.readers, self.num_sequences
+        return replace(
+            self,
+            tables=pooling_tables(
+                self.roles,
+                torch.cat([self.ranges, torch.stack(counts, dim=1)], dim=1),
+                self.query_ranges,
+                self.readers,
+                self.prompt_lengths + self.response_lengths,
+            ),
+            attention=attention_tables(*groups),
+            response_attention=attention_tables(*groups, self.roles == TokenRole.RESPONSE),
         )
-        return replace(self, tables=tables)
 
     @property
     def has_padding(self) -> bool:
@@ -352,8 +334,9 @@ class SequenceLayout:
         moved: dict[str, Any] = {
             k: v.to(device) for k, v in values.items() if isinstance(v, (Tensor, SequenceLayout))
         }
-        if self.tables is not None:
-            moved["tables"] = LayoutTables(*(x.to(device) for x in self.tables))
+        for name, table in values.items():
+            if isinstance(table, (LayoutTables, AttentionTables)):
+                moved[name] = type(table)(*(x.to(device) for x in table))
         return replace(self, **moved)
 
     def position_ids(self) -> Tensor:
@@ -445,14 +428,3 @@ def _one_reader_each(count: int) -> Tensor:
     """Group ``g`` is read by sequence ``g`` alone."""
     first = torch.arange(count, device="cpu")
     return torch.stack([first, torch.ones_like(first)], dim=1).to(torch.int32)
-
-
-def _chunks(lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """For runs of these lengths cut into chunks: the run of each chunk, and each run's first chunk."""
-    counts = (lengths.long() + CHUNK_TOKENS - 1) // CHUNK_TOKENS
-    owner = torch.repeat_interleave(torch.arange(len(counts), device="cpu"), counts)
-    return _int32(owner), _int32(torch.cumsum(counts, 0) - counts)
-
-
-def _int32(values: Tensor) -> Tensor:
-    return values.to(torch.int32)

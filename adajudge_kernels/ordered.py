@@ -66,3 +66,9 @@ def silu(x: Tensor) -> Tensor:
     """
     small = torch.exp(-x.abs())
     return x * torch.where(x >= 0, 1, small) / (1 + small)
+
+
+def silu_derivative(x: Tensor) -> Tensor:
+    """``sigma(x) (1 + x (1 - sigma(x)))``."""
+    sigma = 1 / (1 + torch.exp(-x))
+    return sigma * (1 + x * (1 - sigma))

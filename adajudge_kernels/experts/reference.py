@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adajudge_kernels.ordered import linear, silu, sum_features, upcast
+from adajudge_kernels.ordered import linear, silu, silu_derivative, sum_features, upcast
 
 
 def _hidden(
@@ -89,9 +89,3 @@ def gated_expert_combination_backward(
     ]
     given = [last, mean, attention, prompt, *weights]
     return [grad.to(x.dtype).contiguous() for grad, x in zip([*dviews, *dweights], given, strict=True)]
-
-
-def silu_derivative(x: Tensor) -> Tensor:
-    """``sigma(x) (1 + x (1 - sigma(x)))``."""
-    sigma = 1 / (1 + torch.exp(-x))
-    return sigma * (1 + x * (1 - sigma))

@@ -1,61 +1,173 @@
-"""Plain PyTorch pieces of the refinement block (Stage I): the definition of correct."""
+"""Plain PyTorch pieces of the refinement block (Stage I): the definition of correct.
+
+Attention goes range by range: the queries of a group see the keys before it (its shared prompt) and its own. No mask
+over the whole batch is ever built.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adajudge_kernels.ordered import silu, upcast
+from adajudge_kernels.ordered import silu, silu_derivative, upcast
+from adajudge_kernels.tables import AttentionTables
+
+_SCORES = 1 << 22  # attention scores that the backward holds at once
 
 
-def residual_rms_norm(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def residual_rms_norm_forward(
+    x: Tensor, update: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     """``u = x + update`` and ``RMSNorm(u) = u / sqrt(mean(u^2) + eps) * weight``, both in the dtype of x."""
-    total = upcast(x) if update is None else upcast(x) + upcast(update)
-    normed = total * torch.rsqrt(total.square().mean(dim=-1, keepdim=True) + eps) * upcast(weight)
-    return (x if update is None else total.to(x.dtype)), normed.to(x.dtype)
+    total = (upcast(x) if update is None else upcast(x) + upcast(update)).contiguous()
+    normed = total * _inverse_norm(total, eps) * upcast(weight)
+    return total.to(x.dtype), normed.to(x.dtype)
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
+def residual_rms_norm_backward(
+    grad_total: Tensor | None, grad_normed: Tensor, total: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x (of the update too: they are the same) and of the weight.
+
+    With ``n = u / rms(u)`` and ``h = weight * g``: ``du = (h - n mean(h n)) / rms(u) + g_u``.
+    """
+    u, g = upcast(total).contiguous(), upcast(grad_normed).contiguous()
+    inverse = _inverse_norm(u, eps)
+    n, h = u * inverse, g * upcast(weight)
+    du = (h - n * (h * n).mean(dim=-1, keepdim=True)) * inverse
+    if grad_total is not None:
+        du = du + upcast(grad_total)
+    return du.to(total.dtype), (g * n).sum(dim=0)
+
+
+def _inverse_norm(u: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(u.square().mean(dim=-1, keepdim=True) + eps)
+
+
+def swiglu_forward(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up`` of the merged projection: ``[T, 2f] -> [T, f]``."""
-    gate, up = upcast(gate_up).chunk(2, dim=-1)
+    gate, up = upcast(gate_up.contiguous()).chunk(2, dim=-1)
     return (silu(gate) * up).to(gate_up.dtype)
 
 
-def sequence_attention(
+def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    """Gradient of the merged projection, ``[T, 2f]``."""
+    gate, up = upcast(gate_up).chunk(2, dim=-1)
+    g = upcast(grad)
+    return torch.cat([g * up * silu_derivative(gate), g * silu(gate)], dim=-1).to(gate_up.dtype)
+
+
+class _Group(NamedTuple):
+    """Queries ``rows`` at ``positions`` of the keys ``[before, own]``; positions count from the first of these keys."""
+
+    rows: slice
+    positions: Tensor
+    before: slice
+    own: slice
+
+
+def _groups(tables: AttentionTables, causal: bool) -> Iterator[_Group]:
+    for (start0, stop0, start1, stop1, *_), (first, stop, _) in zip(
+        tables.groups.tolist(), tables.queries.tolist(), strict=True
+    ):
+        if first == stop:
+            continue
+        tokens = torch.arange(first, stop, device=tables.rows.device)
+        tokens = tables.rows[first:stop] if tables.rows.numel() else tokens
+        if causal:  # nothing behind the last query is seen
+            stop1 = int(tokens[-1]) + 1
+        positions = tokens - start1 + (stop0 - start0)
+        yield _Group(slice(first, stop), positions, slice(start0, stop0), slice(start1, stop1))
+
+
+def _seen(group: _Group, keys: int, causal: bool) -> Tensor | None:
+    """bool ``[n, m]``: which keys each query sees; None for all."""
+    if not causal:
+        return None
+    return torch.arange(keys, device=group.positions.device) <= group.positions[:, None]
+
+
+def _heads(x: Tensor, group: _Group) -> Tensor:
+    """A group's keys or values, ``[heads, m, e]``."""
+    if group.before.start == group.before.stop:
+        return x[group.own].transpose(0, 1)
+    return torch.cat([x[group.before], x[group.own]]).transpose(0, 1)
+
+
+def sequence_attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    query_ranges: Tensor,
-    key_ranges: Tensor,
-    max_length: int,
+    tables: AttentionTables,
     causal: bool,
-) -> Tensor:
-    """Softmax attention within each sequence: ``[T, H, e] -> [T, H, e]``, padding rows zero.
+    scale: float,
+    padded: bool,
+) -> tuple[Tensor, Tensor]:
+    """Attention ``[N, H, e]``, zero where there is no query; the second output is empty, nothing more is kept."""
+    out = query.new_zeros(query.shape)
+    grouped = key.shape[1] != query.shape[1]
+    for group in _groups(tables, causal):
+        q, k, v = query[group.rows].transpose(0, 1), _heads(key, group), _heads(value, group)
+        square = causal and q.shape[1] == k.shape[1]
+        seen = None if square else _seen(group, k.shape[1], causal)
+        mixed = F.scaled_dot_product_attention(
+            q[None], k[None], v[None], seen, is_causal=square, scale=scale, enable_gqa=grouped
+        )
+        out[group.rows] = mixed[0].transpose(0, 1)
+    return out, query.new_empty(0, dtype=upcast(query[:0]).dtype)
 
-    Every attention group's queries see its earlier range (the shared prompt) and its own; each token's output
-    is computed once, also where several candidates share it.
+
+def sequence_attention_backward(
+    grad: Tensor,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    tables: AttentionTables,
+    causal: bool,
+    scale: float,
+) -> None:
+    """Write the gradients of query, key and value; keys that several groups see sum theirs in the groups' order.
+
+    With ``P = softmax(scale Q K^T)``: ``dV = P^T dO``, ``dP = dO V^T``, ``dS = P (dP - rowsum(dO O))``,
+    ``dQ = scale dS K``, ``dK = scale dS^T Q``.
     """
-    tokens = query.shape[0]
-    out = query.new_zeros(tokens + 1, *query.shape[1:])  # the last row takes what is no query
-    if query_ranges.shape[0] == 0 or tokens == 0:
-        return out[:tokens]
-    begin, end = query_ranges.long().unsqueeze(-1).unbind(1)  # [G, 1]
-    start0, stop0, start1, stop1 = key_ranges.long().unsqueeze(-1).unbind(1)
-    before = stop0 - start0
-    position = torch.arange(max_length, device=query.device)
-    real_query, real_key = position < end - begin, position < before + stop1 - start1  # [G, L]
-    query_index = torch.where(real_query, begin + position, tokens)
-    key_index = torch.where(position < before, start0 + position, start1 + position - before)
-    key_index = torch.where(real_key, key_index, 0)
-    q = query[query_index.clamp(max=tokens - 1)].transpose(1, 2)  # [G, H, L, e]
-    k, v = (  # padding selected away: NaN there must not meet a zero weight
-        torch.where(real_key[..., None, None], x[key_index], 0).transpose(1, 2) for x in (key, value)
-    )
-    seen = real_key[:, None, :].expand(-1, max_length, -1)
-    if causal:
-        seen = seen & (position <= (position + before)[..., None])
-    # Rows that are no query see one key, so that their softmax is finite; they go to the row that is dropped.
-    seen = seen | (~real_query[..., None] & (position == 0))
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None]).transpose(1, 2).to(out.dtype)
-    return out.index_put((query_index,), mixed)[:tokens]
+    arithmetic = upcast(query[:0]).dtype
+    heads, ratio = key.shape[1], query.shape[1] // key.shape[1]
+    dquery = query.new_zeros(query.shape, dtype=arithmetic)
+    dkey, dvalue = (x.new_zeros(x.shape, dtype=arithmetic) for x in (key, value))
+    for group in _groups(tables, causal):
+        k, v = (upcast(_heads(x, group)) for x in (key, value))  # [heads, m, e]
+        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+        block = max(1, _SCORES // (query.shape[1] * k.shape[1]))
+        for begin in range(group.rows.start, group.rows.stop, block):
+            rows = slice(begin, min(begin + block, group.rows.stop))
+            q, o, g = (  # [heads, ratio * n, e]: the query heads of a key head are rows of one product
+                upcast(x[rows]).unflatten(1, (heads, ratio)).permute(1, 2, 0, 3).flatten(1, 2)
+                for x in (query, out, grad)
+            )
+            scores = q @ k.mT * scale
+            if causal:
+                own = group.positions[rows.start - group.rows.start : rows.stop - group.rows.start]
+                hidden = torch.arange(k.shape[1], device=own.device) > own[:, None]
+                scores.unflatten(1, (ratio, -1)).masked_fill_(hidden, float("-inf"))
+            p = torch.softmax(scores, dim=-1)
+            dv += p.mT @ g
+            ds = p * (g @ v.mT - (g * o).sum(dim=-1, keepdim=True))
+            dk += ds.mT @ q * scale
+            dq = (ds @ k * scale).unflatten(1, (ratio, -1)).permute(2, 0, 1, 3)
+            dquery[rows] = dq.flatten(1, 2)
+        before = group.before.stop - group.before.start
+        for total, part in ((dkey, dk.transpose(0, 1)), (dvalue, dv.transpose(0, 1))):
+            total[group.before] += part[:before]
+            total[group.own] += part[before:]
+    for place, total in ((grad_query, dquery), (grad_key, dkey), (grad_value, dvalue)):
+        place.copy_(total)

@@ -38,7 +38,7 @@ def test_attention_stays_inside_the_sequence(causal, device):
     q, k, v = torch.randn(3, layout.num_tokens, 2, 8, device=device)
     from adajudge_kernels.refinement.ops import sequence_attention
 
-    out = sequence_attention(q, k, v, layout, causal)
+    out = sequence_attention([q, k, v], layout, causal)
     for start, stop, *_ in layout.ranges.tolist():
         own = [x[start:stop].transpose(0, 1) for x in (q, k, v)]
         expected = torch.nn.functional.scaled_dot_product_attention(*own, is_causal=causal).transpose(0, 1)
