@@ -441,29 +441,6 @@ def sum_alpha_parts(
     tl.store(grad_alpha + b * K + k, total, mask=k < K)
 
 
-@triton.jit(do_not_specialize=["count"])
-def sum_rows(
-    rows,
-    out,
-    count,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """Sums of GROUP consecutive rows of ``[count, D]``, in order. Grid (groups, blocks of D)."""
-    group = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < D
-    total = tl.zeros((BLOCK,), ACC)
-    for step in range(0, GROUP, ROWS):
-        row = group * GROUP + step + tl.arange(0, ROWS)
-        mask = (row < count)[:, None] & inside[None, :]
-        total += tl.sum(tl.load(rows + row[:, None] * D + columns[None, :], mask=mask, other=0.0), axis=0)
-    tl.store(out + group * D + columns, total, mask=inside)
-
-
 @triton.jit
 def spread_means(
     grad_prompt,

@@ -22,10 +22,13 @@ _SCORES = 1 << 22  # attention scores that the backward holds at once
 def residual_rms_norm_forward(
     x: Tensor, update: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """``u = x + update`` and ``RMSNorm(u) = u / sqrt(mean(u^2) + eps) * weight``, both in the dtype of x."""
-    total = (upcast(x) if update is None else upcast(x) + upcast(update)).contiguous()
-    normed = total * _inverse_norm(total, eps) * upcast(weight)
-    return total.to(x.dtype), normed.to(x.dtype)
+    """``u = x + update`` and ``RMSNorm(u) = u / sqrt(mean(u^2) + eps) * weight``, both in the dtype of x.
+
+    u is rounded to that dtype first: the norm is of what the residual stream holds, and the backward sees the same.
+    """
+    total = (x if update is None else (upcast(x) + upcast(update)).to(x.dtype)).contiguous()
+    u = upcast(total)
+    return total, (u * _inverse_norm(u, eps) * upcast(weight)).to(x.dtype)
 
 
 def residual_rms_norm_backward(

@@ -15,9 +15,11 @@ from tests.kernels.triton_compile import (
     NVIDIA,
     SHARED_MEMORY,
     TRITON_VERSION,
+    attention_launches,
     compile_launch,
     pooling_launches,
     resource_table,
+    row_launches,
 )
 from tests.summary import note_compilation
 
@@ -50,6 +52,59 @@ def test_kernels_compile_without_spills_and_read_sixteen_bytes_at_once(row, arch
         if launch.name in ("scan", "scan_backward"):
             assert compiled.sixteen_byte_loads >= dict(launch.constants)["K"], where
         note_compilation(f"sm_{arch}", where, compiled.registers)
+
+
+# Head size, dtype, heads of keys (of 8), which queries, causal.
+ATTENTIONS = [
+    (64, torch.bfloat16, 8, "all", True),
+    (64, torch.bfloat16, 2, "response", True),
+    (128, torch.bfloat16, 8, "all", True),
+    (128, torch.float16, 8, "all", False),
+    (128, torch.bfloat16, 4, "response", True),
+    (80, torch.bfloat16, 1, "all", True),
+    (256, torch.bfloat16, 8, "all", True),
+    (256, torch.bfloat16, 2, "response", True),
+    (16, torch.bfloat16, 8, "all", True),
+    (64, torch.float32, 2, "all", True),
+    (128, torch.float32, 8, "response", True),
+    (256, torch.float32, 4, "all", True),
+]
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS, ids=str)
+@pytest.mark.parametrize("arch", NVIDIA)
+def test_attention_compiles_without_spills_onto_tensor_cores(attention, arch):
+    head_size, dtype = attention[:2]
+    launches = attention_launches(*attention)
+    assert len(launches) == 3
+    for launch in launches:
+        compiled = compile_launch(launch, NVIDIA[arch])
+        where = f"{launch.name} sm_{arch} {attention}"
+        assert compiled.stack == 0, f"{where}: {compiled.stack} bytes spilled, {compiled.registers} registers"
+        assert compiled.shared <= SHARED_MEMORY[arch], where
+        assert head_size < 64 or compiled.sixteen_byte_loads + compiled.sixteen_byte_copies >= 2, where
+        assert (compiled.tensor_core_products > 0) == (dtype != torch.float32), where
+        note_compilation(f"sm_{arch}", where, compiled.registers)
+
+
+@pytest.mark.parametrize("d", [64, 1000, 4096, 16384])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("arch", NVIDIA)
+def test_norm_and_swiglu_compile_without_spills(d, dtype, arch):
+    for launch in row_launches(d, dtype):
+        compiled = compile_launch(launch, NVIDIA[arch])
+        where = f"{launch.name} sm_{arch} d={d} {dtype}"
+        assert compiled.stack == 0, f"{where}: {compiled.stack} bytes spilled, {compiled.registers} registers"
+        assert compiled.shared <= SHARED_MEMORY[arch], where
+        assert d < 4096 or compiled.sixteen_byte_loads >= 1, where
+        note_compilation(f"sm_{arch}", where, compiled.registers)
+
+
+@pytest.mark.parametrize("target", AMD.values(), ids=AMD)
+def test_refinement_compiles_for_amd(target):
+    for launch in [*attention_launches(*ATTENTIONS[2]), *row_launches(4096, torch.bfloat16)]:
+        assert compile_launch(launch, target).assembly, launch.name
+        note_compilation(target.arch, f"{launch.name} {launch.constants}", 0)
 
 
 @pytest.mark.parametrize("target", AMD.values(), ids=AMD)

@@ -15,6 +15,7 @@ from triton.runtime.jit import JITFunction
 
 import adajudge_kernels as ak
 from adajudge_kernels.pooling import triton as pooling
+from adajudge_kernels.refinement import triton as refinement
 
 TRITON_VERSION = triton.__version__
 NVIDIA = {arch: GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)}
@@ -26,9 +27,11 @@ _POINTERS = {
     torch.float64: "*fp64",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.int64: "*i64",
     torch.int32: "*i32",
     torch.int8: "*i8",
 }
+DIVISIBLE = "i32, divisible by 16"
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
@@ -54,7 +57,7 @@ def recorded_launches():
     def launcher(kernel, grid):
         def record(*args, **kwargs):
             options = tuple((k, kwargs.pop(k)) for k in _OPTIONS if k in kwargs)
-            signature = tuple(_type(x) for x in args)
+            signature = tuple(_type(x, parameter) for x, parameter in zip(args, kernel.params, strict=False))
             launch = Launch(kernel, signature, tuple(kwargs.items()), options)
             found[launch] = launch
 
@@ -64,10 +67,15 @@ def recorded_launches():
         yield found
 
 
-def _type(x):
+def _type(x, parameter):
+    """As triton specialises: an int that 16 divides is known to be such, unless the kernel does not want it."""
     if isinstance(x, tuple):
-        return tuple(_type(y) for y in x)
-    return _POINTERS[x.dtype] if isinstance(x, torch.Tensor) else "i32"
+        return tuple(_type(y, parameter) for y in x)
+    if isinstance(x, torch.Tensor):
+        return _POINTERS[x.dtype]
+    if isinstance(x, float):
+        return "fp32"
+    return DIVISIBLE if x % 16 == 0 and not parameter.do_not_specialize else "i32"
 
 
 @dataclass(frozen=True)
@@ -86,17 +94,28 @@ class Compiled:
             re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|ld\.global\S*\.v4\.f32", self.assembly)
         )
 
+    @property
+    def sixteen_byte_copies(self):
+        """How many copies to shared memory go past the registers, 16 bytes a thread."""
+        return len(re.findall(r"cp\.async\.\S+ .*, 0x10|cp\.async\.cg\S*", self.assembly))
+
+    @property
+    def tensor_core_products(self):
+        """How many matrix instructions the PTX has."""
+        return len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", self.assembly))
+
 
 def compile_launch(launch, target):
     """The compilation of a launch for a target; pointers lie on 16-byte boundaries, as the launcher makes sure."""
     names = launch.kernel.arg_names
     positional = names[: len(launch.signature)]
     constants = dict(launch.constants)
-    signature = dict(zip(positional, launch.signature, strict=True)) | dict.fromkeys(constants, "constexpr")
+    types = ["i32" if kind == DIVISIBLE else kind for kind in launch.signature]
+    signature = dict(zip(positional, types, strict=True)) | dict.fromkeys(constants, "constexpr")
     attributes = {}
     for i, kind in enumerate(launch.signature):
         paths = [(i, j) for j in range(len(kind))] if isinstance(kind, tuple) else [(i,)]
-        if kind != "i32":
+        if kind not in ("i32", "fp32"):
             attributes |= {path: [["tt.divisibility", 16]] for path in paths}
     source = ASTSource(
         launch.kernel,
@@ -148,6 +167,33 @@ def pooling_launches(d, depths, dtype):
             for which in ("response", "prompt", "all"):
                 pooling.masked_mean_pool_forward(hidden, tables, length, which)
                 pooling.masked_mean_pool_backward(grad, tables, length, which, dtype)
+    return list(found)
+
+
+def attention_launches(head_size, dtype, key_heads=8, queries="all", causal=True):
+    """The launches of attention with 8 query heads, forward and backward, keys and values merged."""
+    layout = ak.SequenceLayout.packed([3], [2])
+    tables = layout.attention if queries == "all" else layout.response_attention
+    query = torch.zeros(5 if queries == "all" else 2, 8, head_size, dtype=dtype)
+    key, value = torch.zeros(5, 2, key_heads, head_size, dtype=dtype).unbind(1)
+    how = (tables, causal, head_size**-0.5)
+    with recorded_launches() as found:
+        out, log_sum_exp = refinement.sequence_attention_forward(query, key, value, *how, False)
+        refinement.sequence_attention_backward(
+            out, out, log_sum_exp, query, key, value, query, key, value, *how
+        )
+    return list(found)
+
+
+def row_launches(d, dtype):
+    """The launches of the norm and the SwiGLU over rows of `d` features, forward and backward."""
+    x, weight = torch.zeros(5, d, dtype=dtype), torch.zeros(d)
+    with recorded_launches() as found:
+        for update in (None, x):
+            refinement.residual_rms_norm_forward(x, update, weight, 1e-6)
+            refinement.residual_rms_norm_backward(update, x, x, weight, 1e-6)
+        if d % 2 == 0:
+            refinement.swiglu_backward(refinement.swiglu_forward(x), x)
     return list(found)
 
 
