@@ -101,3 +101,26 @@ def focal_bradley_terry_loss(chosen, rejected, pair_weight, view_weights, gamma,
         entropy = -(pi * torch.log(pi)).sum(dim=1)
         loss = loss + weight * torch.relu(floor - entropy).square().mean()
     return loss
+
+
+def sequence_attention(query, key, value, sequences, heads, causal=True):
+    """One sequence after the other, in the states' own dtype, as PyTorch's attention does it; one head of keys."""
+    outputs = []
+    for sequence in sequences:
+        rows = torch.tensor(sequence.rows)
+        q = query[rows].unflatten(1, (heads, -1)).transpose(0, 1)
+        k, v = (x[rows].unsqueeze(0).expand(heads, -1, -1) for x in (key, value))
+        outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(0, 1))
+    return torch.cat(outputs) if outputs else query.new_zeros(0, heads, key.shape[1])
+
+
+def residual_rms_norm(x, update, weight, eps):
+    """As transformers' decoders: the residual stream is rounded to its dtype, then normalised in fp32."""
+    total = x + update
+    u = up(total)
+    return total, (u / torch.sqrt(u.square().mean(dim=-1, keepdim=True) + eps) * up(weight)).to(x.dtype)
+
+
+def swiglu(gate_up):
+    gate, linear = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * linear

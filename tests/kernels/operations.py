@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 import adajudge_kernels as ak
+from adajudge_kernels.refinement.ops import residual_rms_norm, sequence_attention, swiglu
 from tests.kernels import naive
 
 
@@ -25,7 +26,7 @@ class Operation:
 
 
 def over_tokens(name):
-    return name == "hidden" or name.startswith("states")
+    return name in ("hidden", "query", "key", "value") or name.startswith("states")
 
 
 def normal(*shape):
@@ -99,6 +100,43 @@ POOLING = [
     attention("response"),
 ]
 
+HEADS = 2  # of the queries; keys and values have one
+
+
+def draw_projections(batch, d, depths):
+    tokens = batch.num_tokens
+    return {"query": normal(tokens, HEADS * d), "key": normal(tokens, d), "value": normal(tokens, d)}
+
+
+def sequence_slots(layout):
+    """The token slots of one sequence after the other: what a layout has once for several sequences comes several times."""
+    slots = [
+        slot
+        for start0, stop0, start1, stop1 in layout.ranges.tolist()
+        for slot in (*range(start0, stop0), *range(start1, stop1))
+    ]
+    return torch.tensor(slots, dtype=torch.long, device=layout.device)
+
+
+def attend(merged):
+    """Causal attention as an operation of the contract; `merged`: keys and values come as one tensor."""
+
+    def call(x, layout):
+        query = x["query"].unflatten(1, (HEADS, -1))
+        key, value = x["key"].unsqueeze(1), x["value"].unsqueeze(1)
+        projections = [query, torch.stack([key, value], dim=1)] if merged else [query, key, value]
+        return (sequence_attention(projections, layout)[sequence_slots(layout)],)
+
+    return Operation(
+        f"sequence_attention[{'merged' if merged else 'apart'}]",
+        draw_projections,
+        call,
+        lambda x, s: (naive.sequence_attention(x["query"], x["key"], x["value"], s, HEADS),),
+    )
+
+
+ATTENTION = [attend(merged=False), attend(merged=True)]
+
 VIEW_NAMES = ("last", "mean", "attention", "prompt")
 
 
@@ -152,8 +190,38 @@ def true_loss(x, gamma=2.0, temperature=0.7, floor=0.9, weight=0.3):
     )
 
 
+def draw_norm(rows, d=33):
+    return {"x": normal(rows, d), "update": normal(rows, d), "weight": normal(d)}
+
+
+def call_norm(x):
+    return residual_rms_norm(x["x"], x["update"], x["weight"], 1e-5)
+
+
+def call_plain_norm(x):
+    total, normed = residual_rms_norm(x["x"], None, x["weight"], 1e-5)
+    return total * 2, normed + 0 * x["update"]
+
+
+def true_plain_norm(x):
+    total, normed = naive.residual_rms_norm(x["x"], torch.zeros_like(x["x"]), x["weight"], 1e-5)
+    return total * 2, normed + 0 * x["update"]
+
+
+def draw_swiglu(rows, width=21):
+    return {"gate_up": 3 * normal(rows, 2 * width)}
+
+
 # Operations without tokens: (name, draw(rows), call, truth).
 ROWWISE = [
     ("gated_expert_combination", draw_experts, call_experts, true_experts),
     ("focal_bradley_terry_loss", draw_loss, call_loss, true_loss),
+    (
+        "residual_rms_norm",
+        draw_norm,
+        call_norm,
+        lambda x: naive.residual_rms_norm(x["x"], x["update"], x["weight"], 1e-5),
+    ),
+    ("rms_norm", draw_norm, call_plain_norm, true_plain_norm),
+    ("swiglu", draw_swiglu, lambda x: (swiglu(x["gate_up"]),), lambda x: (naive.swiglu(x["gate_up"]),)),
 ]

@@ -11,6 +11,7 @@ from tests.kernels.comparison import assert_within_contract, cast, run_operation
 from tests.kernels.conftest import INTERPRETED
 from tests.kernels.naive import Sequence
 from tests.kernels.operations import (
+    ATTENTION,
     POOLING,
     ROWWISE,
     call_experts,
@@ -22,6 +23,7 @@ from tests.kernels.operations import (
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 pooling = pytest.mark.parametrize("operation", POOLING, ids=lambda op: op.name)
+tokenwise = pytest.mark.parametrize("operation", POOLING + ATTENTION, ids=lambda op: op.name)
 rowwise = pytest.mark.parametrize(("name", "draw", "call", "truth"), ROWWISE, ids=[op[0] for op in ROWWISE])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 layouts = pytest.mark.parametrize("kind", LAYOUTS)
@@ -42,7 +44,7 @@ def compare(operation, inputs, batch, kind, dtype, device):
     assert_within_contract(ours, plain, exact, operation.name, dtype)
 
 
-@pooling
+@tokenwise
 @layouts
 @dtypes
 @pytest.mark.parametrize("batch", [RAGGED, LONG], ids=["ragged", "long"])
@@ -50,7 +52,7 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(operation, kind, dtype, ba
     compare(operation, operation.draw(batch, 48, 3), batch, kind, dtype, device)
 
 
-@pooling
+@tokenwise
 @given(batch=batches(), kind=st.sampled_from(LAYOUTS), dtype=st.sampled_from(DTYPES), d=st.integers(1, 70))
 @generated
 def test_error_bound_holds_on_any_layout(operation, device, batch, kind, dtype, d):
@@ -106,7 +108,7 @@ def test_outputs_are_fp32_and_gradients_in_their_inputs_dtype(operation, dtype, 
     assert {g.dtype for g in gradients.values()} == {dtype}
 
 
-@pooling
+@tokenwise
 @layouts
 def test_two_runs_are_bit_identical(operation, kind, device):
     inputs = operation.draw(LONG, 64, 3)
@@ -190,7 +192,7 @@ def test_the_rest_of_the_batch_never_changes_a_reward(device, rows, d, h):
         assert all(torch.equal(a[b : b + 1], c) for a, c in zip(whole, alone, strict=True))
 
 
-@pooling
+@tokenwise
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("kind", ["padded_left", "padded_right"])
 def test_padding_reaches_no_output_and_no_gradient(operation, poison, kind, device):
@@ -259,7 +261,7 @@ def test_any_response_mask_of_several_turns(tokens, device, data):
     assert_within_contract(ours, plain, exact, operation.name, torch.float32)
 
 
-@pooling
+@tokenwise
 @layouts
 def test_an_empty_batch(operation, kind, device):
     batch = Batch((), ())
@@ -277,13 +279,13 @@ def test_no_rows(name, draw, call, truth, device):
     assert all(out.numel() == 0 or float(out) == 0.0 for out in outputs)
 
 
-@pooling
+@tokenwise
 def test_one_token_responses_without_prompt(operation, device):
     batch = Batch((0, 0), ((1, 1), (1,)))
     compare(operation, operation.draw(batch, 16, 2), batch, "shared", torch.float32, device)
 
 
-@pooling
+@tokenwise
 def test_gradcheck(operation, device):
     batch = Batch((2, 0), ((3, 1), (2,)))
     for kind in LAYOUTS:
@@ -313,7 +315,7 @@ def differentiate_twice(outputs, x):
     gradient.sum().backward()
 
 
-@pooling
+@tokenwise
 def test_double_backward_is_a_clear_error(operation, device):
     layout, _ = RAGGED.lay_out("shared", device)
     inputs = cast(operation.draw(RAGGED, 6, 2), torch.float32, device)
@@ -330,7 +332,7 @@ def test_double_backward_of_rowwise_operations_is_a_clear_error(name, draw, call
         differentiate_twice(call(inputs), next(iter(inputs.values())))
 
 
-@pooling
+@tokenwise
 def test_autocast_changes_nothing(operation, device):
     layout, source = RAGGED.lay_out("packed", device)
     inputs = operation.draw(RAGGED, 16, 2)
@@ -348,7 +350,7 @@ def deterministic_algorithms():
     torch.use_deterministic_algorithms(False)
 
 
-@pooling
+@tokenwise
 @pytest.mark.usefixtures("deterministic_algorithms")
 def test_deterministic_algorithms_are_honoured(operation, device):
     layout, source = RAGGED.lay_out("shared", device)
