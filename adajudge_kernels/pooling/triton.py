@@ -8,31 +8,27 @@ computed first, and the states are read twice.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import triton
 from torch import Tensor
 
+from adajudge_kernels.launches import ON_AMD, TRITON_DTYPES, aligned, device_of, parts, power_of_2
 from adajudge_kernels.layout import CHUNK_TOKENS, LayoutTables
 from adajudge_kernels.pooling import triton_kernels as kernels
 from adajudge_kernels.pooling.configurations import COMBINED_CHUNKS, Tile, tile, widest_row
 from adajudge_kernels.registration import arithmetic_dtype
-
-_ON_AMD = torch.version.hip is not None  # whose compiler has no such limit
-_TRITON_DTYPES = {torch.float32: triton.language.float32, torch.float64: triton.language.float64}
 
 
 def depth_gate_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor, tables: LayoutTables, max_length: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``alpha [B, K]``, ``z_P [B, d]`` and the context ``c [B, d]``."""
-    hidden, weight, bias = _aligned(hidden), _aligned(weight), _aligned(bias)
+    hidden, weight, bias = aligned(hidden), aligned(weight), aligned(bias)
     acc, batch, (depths, d) = arithmetic_dtype(hidden.dtype), tables.sequences.shape[0], weight.shape
     alpha = hidden.new_empty(batch, depths, dtype=acc)
     prompt_mean, context = (hidden.new_empty(batch, d, dtype=acc) for _ in range(2))
     if batch:
-        with _device(hidden):
+        with device_of(hidden):
             sums = _sums(hidden, tables, prompt=True, response=True)
             _combine_sums(sums, tables, prompt=prompt_mean, everything=context)
             kernels.gate[(batch,)](
@@ -42,9 +38,9 @@ def depth_gate_forward(
                 alpha,
                 D=d,
                 K=depths,
-                DEPTHS=_power_of_2(depths),
-                BLOCK=max(16, min(1024, _power_of_2(d))),
-                ACC=_TRITON_DTYPES[acc],
+                DEPTHS=power_of_2(depths),
+                BLOCK=max(16, min(1024, power_of_2(d))),
+                ACC=TRITON_DTYPES[acc],
                 num_warps=4,
             )
     return alpha, prompt_mean, context
@@ -69,12 +65,12 @@ def depth_gate_backward(
 
 def masked_mean_pool_forward(hidden: Tensor, tables: LayoutTables, max_length: int, which: str) -> Tensor:
     """Mean over the tokens that `which` names, ``[B, d]``; zero where there are none."""
-    hidden = _aligned(hidden)
+    hidden = aligned(hidden)
     pooled = hidden.new_empty(
         tables.sequences.shape[0], hidden.shape[1], dtype=arithmetic_dtype(hidden.dtype)
     )
     if pooled.shape[0]:
-        with _device(hidden):
+        with device_of(hidden):
             sums = _sums(hidden, tables, prompt=which != "response", response=which != "prompt")
             name = "everything" if which == "all" else which
             _combine_sums(sums, tables, **{name: pooled})
@@ -159,10 +155,10 @@ def _views_forward(
     response_only: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """All views with depth weights, the attention view alone without (the other two then hold nothing)."""
-    states = tuple(_aligned(x) for x in states)
-    weight, bias = _aligned(weight), _aligned(bias)
+    states = tuple(aligned(x) for x in states)
+    weight, bias = aligned(weight), aligned(bias)
     all_views = depth_weights is not None
-    alpha = weight if depth_weights is None else _aligned(depth_weights)
+    alpha = weight if depth_weights is None else aligned(depth_weights)
     d, batch, chunks = states[0].shape[1], tables.sequences.shape[0], tables.chunks.shape[0]
     acc = arithmetic_dtype(states[0].dtype)
     last, mean, attention = (states[0].new_empty(batch, d, dtype=acc) for _ in range(3))
@@ -174,12 +170,12 @@ def _views_forward(
     weighted = states[0].new_empty(chunks, d, dtype=acc)
     sums = states[0].new_empty(chunks, d, dtype=acc) if all_views else weighted
     tops, totals = (states[0].new_empty(chunks, dtype=acc) for _ in range(2))
-    with _device(states[0]):
+    with device_of(states[0]):
         logits = tops
         if wide:
             logits = states[0].new_empty(chunks * CHUNK_TOKENS, dtype=acc)
             _dots(states, alpha, weight, bias, tables, all_views, response_only, logits)
-        kernels.scan[(chunks, _parts(d, plan.block))](
+        kernels.scan[(chunks, parts(d, plan.block))](
             states,
             alpha,
             weight,
@@ -208,7 +204,7 @@ def _views_forward(
         if all_views:
             _combine_sums((None, sums), tables, response=mean)
         block = _narrow_block(d)
-        kernels.combine_attention[(batch, _parts(d, block))](
+        kernels.combine_attention[(batch, parts(d, block))](
             weighted,
             tops,
             totals,
@@ -219,7 +215,7 @@ def _views_forward(
             CHUNK=CHUNK_TOKENS,
             ROWS=COMBINED_CHUNKS,
             BLOCK=block,
-            ACC=_TRITON_DTYPES[acc],
+            ACC=TRITON_DTYPES[acc],
             num_warps=4,
         )
     return last, mean, attention, log_sum_exp
@@ -237,11 +233,11 @@ def _views_backward(
     response_only: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Gradients of states, depth weights and attention weight."""
-    states = tuple(_aligned(x) for x in states)
-    weight, bias = _aligned(weight), _aligned(bias)
+    states = tuple(aligned(x) for x in states)
+    weight, bias = aligned(weight), aligned(bias)
     all_views = depth_weights is not None
-    alpha = weight if depth_weights is None else _aligned(depth_weights)
-    last, mean, attention = (pooled if grad is None else _aligned(grad) for grad in grads)
+    alpha = weight if depth_weights is None else aligned(depth_weights)
+    last, mean, attention = (pooled if grad is None else aligned(grad) for grad in grads)
     d, depths = states[0].shape[1], len(states)
     batch, chunks = tables.sequences.shape[0], tables.chunks.shape[0]
     acc = arithmetic_dtype(states[0].dtype)
@@ -252,14 +248,14 @@ def _views_backward(
     shared = tables.groups.shape[0] != batch
     wide = d > widest_row("scan_backward", depths, states[0].dtype)
     plan = tile("scan_backward", d, depths, states[0].dtype)
-    blocks = _parts(d, plan.block)
+    blocks = parts(d, plan.block)
     constants = {"D": d, "K": depths, "WEIGHTED": all_views}
     per_token = [states[0].new_empty(chunks * CHUNK_TOKENS, dtype=acc) for _ in range(2 * wide + 2 * shared)]
     logits, dots = per_token[:2] if wide else (weight, weight)
     betas, dlogits = per_token[-2:] if shared else (weight, weight)
     dalpha_parts = states[0].new_empty(chunks * blocks, depths, dtype=acc)
     dweight_parts = states[0].new_empty(chunks, d, dtype=acc)
-    with _device(states[0]):
+    with device_of(states[0]):
         if wide:
             _dots(
                 states, alpha, weight, bias, tables, all_views, response_only, logits, attention, pooled, dots
@@ -284,7 +280,7 @@ def _views_backward(
             dlogits,
             dalpha_parts,
             dweight_parts,
-            DEPTHS=_power_of_2(depths),
+            DEPTHS=power_of_2(depths),
             VIEWS=all_views,
             RESPONSE_ONLY=response_only,
             SHARED=shared,
@@ -294,7 +290,7 @@ def _views_backward(
         )
         if shared:
             spread = tile("spread_attention", d, depths, states[0].dtype)
-            kernels.spread_attention[(tables.group_chunks.shape[0], _parts(d, spread.block))](
+            kernels.spread_attention[(tables.group_chunks.shape[0], parts(d, spread.block))](
                 tuple(dstates),
                 alpha,
                 weight,
@@ -315,11 +311,11 @@ def _views_backward(
                 tables.sequences,
                 dalpha,
                 K=depths,
-                DEPTHS=_power_of_2(depths),
+                DEPTHS=power_of_2(depths),
                 BLOCKS=blocks,
                 CHUNK=CHUNK_TOKENS,
                 ROWS=COMBINED_CHUNKS,
-                ACC=_TRITON_DTYPES[acc],
+                ACC=TRITON_DTYPES[acc],
                 num_warps=1,
             )
         return dstates, dalpha, _sum_rows(dweight_parts)
@@ -370,7 +366,7 @@ def _sums(hidden: Tensor, tables: LayoutTables, prompt: bool, response: bool) ->
     sums = [hidden.new_empty(chunks, d, dtype=acc) if wanted else None for wanted in (prompt, response)]
     plan = tile("sums", d, 1, hidden.dtype)
     prompt_sums, response_sums = (hidden if x is None else x for x in sums)
-    kernels.scan[(chunks, _parts(d, plan.block))](
+    kernels.scan[(chunks, parts(d, plan.block))](
         (hidden,),
         hidden,
         hidden,
@@ -410,7 +406,7 @@ def _combine_sums(
     out = next(x for x in (prompt, response, everything) if x is not None)
     batch, d = out.shape
     block = _narrow_block(d)
-    kernels.combine_sums[(batch, _parts(d, block))](
+    kernels.combine_sums[(batch, parts(d, block))](
         *(out if x is None else x for x in sums),
         tables.sequences,
         *(out if x is None else x for x in (prompt, response, everything)),
@@ -421,7 +417,7 @@ def _combine_sums(
         CHUNK=CHUNK_TOKENS,
         ROWS=COMBINED_CHUNKS,
         BLOCK=block,
-        ACC=_TRITON_DTYPES[out.dtype],
+        ACC=TRITON_DTYPES[out.dtype],
         num_warps=4,
     )
 
@@ -434,15 +430,15 @@ def _spread_means(
     everything: Tensor | None = None,
 ) -> Tensor:
     """``[T, d]`` from the gradients ``[B, d]`` of the means that were taken."""
-    grads = [None if x is None else _aligned(x) for x in (prompt, response, everything)]
+    grads = [None if x is None else aligned(x) for x in (prompt, response, everything)]
     given = next(x for x in grads if x is not None)
     batch, d = given.shape
     if not batch:
         return given.new_zeros(tables.roles.shape[0], d, dtype=dtype)
     out = given.new_empty(tables.roles.shape[0], d, dtype=dtype)
     plan = tile("spread_means", d, 1, dtype)
-    with _device(out):
-        kernels.spread_means[(tables.group_chunks.shape[0], _parts(d, plan.block))](
+    with device_of(out):
+        kernels.spread_means[(tables.group_chunks.shape[0], parts(d, plan.block))](
             *(given if x is None else x for x in grads),
             tables.roles,
             tables.sequences,
@@ -462,7 +458,7 @@ def _spread_means(
 
 def _zero_padding(outputs: list[Tensor], tables: LayoutTables) -> None:
     tokens, d = outputs[0].shape
-    kernels.zero_padding[(_parts(tokens, CHUNK_TOKENS),)](
+    kernels.zero_padding[(parts(tokens, CHUNK_TOKENS),)](
         tuple(outputs),
         tables.roles,
         tokens,
@@ -479,9 +475,9 @@ def _sum_rows(rows: Tensor) -> Tensor:
     d = rows.shape[1]
     block = _narrow_block(d)
     while True:
-        groups = _parts(rows.shape[0], CHUNK_TOKENS)
+        groups = parts(rows.shape[0], CHUNK_TOKENS)
         out = rows.new_empty(groups, d)
-        kernels.sum_rows[(groups, _parts(d, block))](
+        kernels.sum_rows[(groups, parts(d, block))](
             rows,
             out,
             rows.shape[0],
@@ -489,7 +485,7 @@ def _sum_rows(rows: Tensor) -> Tensor:
             ROWS=COMBINED_CHUNKS,
             GROUP=CHUNK_TOKENS,
             BLOCK=block,
-            ACC=_TRITON_DTYPES[rows.dtype],
+            ACC=TRITON_DTYPES[rows.dtype],
             num_warps=4,
         )
         if groups == 1:
@@ -502,36 +498,15 @@ def _constants(plan: Tile, acc: torch.dtype) -> dict[str, object]:
         "CHUNK": CHUNK_TOKENS,
         "TOKENS": plan.tokens,
         "BLOCK": plan.block,
-        "ACC": _TRITON_DTYPES[acc],
+        "ACC": TRITON_DTYPES[acc],
         "num_warps": plan.warps,
         "num_stages": plan.stages,
     }
-    if plan.registers is not None and not _ON_AMD:
+    if plan.registers is not None and not ON_AMD:
         constants["maxnreg"] = plan.registers
     return constants
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """`x` with contiguous rows, from a 16-byte boundary on: where it lies must not change how a kernel is compiled,
-    or a sum's order, and with it the result's bits, would depend on it."""
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
-
-
-def _power_of_2(n: int) -> int:
-    """The next power of two (triton's own function costs microseconds a call, as does its cdiv)."""
-    return 1 << (n - 1).bit_length()
-
-
 def _narrow_block(d: int) -> int:
     """Features of a program that sums few rows: many programs, little in each."""
-    return max(16, min(128, _power_of_2(d)))
-
-
-def _parts(n: int, size: int) -> int:
-    return -(-n // size)
-
-
-def _device(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device; make it that of `x`."""
-    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
+    return max(16, min(128, power_of_2(d)))
