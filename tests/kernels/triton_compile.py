@@ -14,6 +14,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import adajudge_kernels as ak
+from adajudge_kernels.experts import triton as experts
 from adajudge_kernels.pooling import triton as pooling
 
 TRITON_VERSION = triton.__version__
@@ -67,7 +68,9 @@ def recorded_launches():
 def _type(x):
     if isinstance(x, tuple):
         return tuple(_type(y) for y in x)
-    return _POINTERS[x.dtype] if isinstance(x, torch.Tensor) else "i32"
+    if isinstance(x, torch.Tensor):
+        return _POINTERS[x.dtype]
+    return "fp32" if isinstance(x, float) else "i32"
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def compile_launch(launch, target):
     attributes = {}
     for i, kind in enumerate(launch.signature):
         paths = [(i, j) for j in range(len(kind))] if isinstance(kind, tuple) else [(i,)]
-        if kind != "i32":
+        if kind not in ("i32", "fp32"):
             attributes |= {path: [["tt.divisibility", 16]] for path in paths}
     source = ASTSource(
         launch.kernel,
@@ -148,6 +151,18 @@ def pooling_launches(d, depths, dtype):
             for which in ("response", "prompt", "all"):
                 pooling.masked_mean_pool_forward(hidden, tables, length, which)
                 pooling.masked_mean_pool_backward(grad, tables, length, which, dtype)
+    return list(found)
+
+
+def experts_launches(d, h, h_r, dtype, weight_dtype, rows=5):
+    """The distinct launches of the gated expert combination, forward and backward, on views of `dtype`."""
+    views = [torch.zeros(rows, d, dtype=dtype) for _ in range(4)]
+    shapes = ((3, h, d), (3, h), (3, h), (3,), (h_r, 4 * d), (h_r,), (3, h_r), (3,))
+    weights = [torch.zeros(shape, dtype=weight_dtype) for shape in shapes]
+    grads = torch.zeros(rows), torch.zeros(rows, 3), torch.zeros(rows, 3)
+    with recorded_launches() as found:
+        experts.gated_expert_combination_forward(*views, weights)
+        experts.gated_expert_combination_backward(*grads, *views, weights)
     return list(found)
 
 
