@@ -16,17 +16,24 @@ import torch
 from torch import Tensor
 
 from adajudge_kernels.experts import triton_kernels as kernels
-from adajudge_kernels.launches import TRITON_DTYPES, aligned, device_of, parts, power_of_2
+from adajudge_kernels.launches import ON_AMD, TRITON_DTYPES, aligned, device_of, parts, power_of_2
 from adajudge_kernels.registration import arithmetic_dtype
 
-# How the work is cut. Nothing here depends on the number of rows: a row's bits must not.
-_SEGMENT = 1024  # features; with _UNITS, 128 weights a thread: as many as registers hold beside a row's features
-_UNITS = 16
-_ROWS = 16  # that a tile of weights serves: each weight is read once up to this batch, from L2 beyond
-_WIDTH = 128  # features of a piece: 16 or 32 lanes that load 16 bytes each
-_COMBINED_UNITS = 256  # a combining program's step: the four MLPs' units, 8 a thread
-_PRODUCT = {"ROWS": 16, "UNITS": 64, "WIDTH": 64, "num_warps": 4}  # of the backward's products; 16 is tl.dot's least
-_VECTOR = {"ROWS": 16, "UNITS": 64, "num_warps": 4}
+# How the work is cut: powers of two, the same for all architectures, and nothing that depends on the number of rows, as a
+# row's bits must not. A segment of _SEGMENT features times _UNITS hidden units is 128 weights a thread: as many as
+# registers hold beside a row's features, all of them on their way at once. A tile of weights serves _ROWS rows, so that
+# up to this batch each weight is read once. A piece of _WIDTH features is 16 or 32 lanes that load 16 bytes each.
+_SEGMENT, _UNITS, _ROWS, _WIDTH = 1024, 16, 16, 128
+_HIDDEN = {"num_warps": 4}
+# A combining program's step: units of the three view MLPs, 8 numbers a thread. Left alone, the compiler may spill to
+# use fewer registers than it has.
+_COMBINED_UNITS = 256
+_COMBINED = {"num_warps": 4} | ({} if ON_AMD else {"maxnreg": 128})
+# The backward's products, 16 rows at a time as tl.dot has no less. The views' gradients have the fewest programs, 4 a
+# block of features at small batches: narrow blocks, many warps, three steps of weights on their way.
+_VIEW_PRODUCT = {"ROWS": 16, "UNITS": 32, "WIDTH": 64, "num_warps": 8, "num_stages": 4}
+_WEIGHT_PRODUCT = {"ROWS": 16, "UNITS": 64, "WIDTH": 64, "num_warps": 4}
+_VECTORS = {"ROWS": 16, "UNITS": 64, "num_warps": 4}
 
 
 def gated_expert_combination_forward(
@@ -67,20 +74,20 @@ def gated_expert_combination_backward(
     grads = [aligned(x) for x in (grad_reward, grad_scores, grad_pi)]
     in_weights, dsmall = (weights[0], weights[4]), _small(dweights)
     sizes = {"H": h, "H_R": h_r, "ACC": TRITON_DTYPES[acc]}
-    tiles, blocks = _unit_tiles(weights, _PRODUCT["UNITS"]), parts(d, _PRODUCT["WIDTH"])
     with device_of(last):
         shares = _hidden_parts(views, weights)
         kernels.combine_backward[(batch,)](
             *grads, shares, *_small(weights), doutputs, dhidden, hidden, **_combining(shares, weights)
         )
-        kernels.view_gradients[(parts(batch, _PRODUCT["ROWS"]), blocks, 4)](
-            dhidden, *in_weights, *dviews, batch, D=d, **sizes, **_PRODUCT
+        kernels.view_gradients[(parts(batch, _VIEW_PRODUCT["ROWS"]), parts(d, _VIEW_PRODUCT["WIDTH"]), 4)](
+            dhidden, *in_weights, *dviews, batch, D=d, **sizes, **_VIEW_PRODUCT
         )
-        kernels.weight_gradients[(tiles, blocks)](
-            dhidden, *views, dweights[0], dweights[4], batch, D=d, **sizes, **_PRODUCT
+        tiles = _unit_tiles(weights, _WEIGHT_PRODUCT["UNITS"])
+        kernels.weight_gradients[(tiles, parts(d, _WEIGHT_PRODUCT["WIDTH"]))](
+            dhidden, *views, dweights[0], dweights[4], batch, D=d, **sizes, **_WEIGHT_PRODUCT
         )
-        kernels.vector_gradients[(parts(3 * h + h_r, _VECTOR["UNITS"]) + 1,)](
-            doutputs, dhidden, hidden, *dsmall, batch, **sizes, **_VECTOR
+        kernels.vector_gradients[(parts(3 * h + h_r, _VECTORS["UNITS"]) + 1,)](
+            doutputs, dhidden, hidden, *dsmall, batch, **sizes, **_VECTORS
         )
     given = (last, mean, attention, prompt)
     return [*(grad.to(x.dtype) for grad, x in zip(dviews, given, strict=True)), *dweights]
@@ -107,7 +114,7 @@ def _hidden_parts(views: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
         PIECES=segment // width,
         WIDTH=width,
         ACC=TRITON_DTYPES[acc],
-        num_warps=4,
+        **_HIDDEN,
     )
     return shares
 
@@ -143,5 +150,5 @@ def _combining(shares: Tensor, weights: Sequence[Tensor]) -> dict[str, Any]:
         "SEGMENTS": shares.shape[1],
         "UNITS": max(16, min(_COMBINED_UNITS, power_of_2(max(h, h_r)))),
         "ACC": TRITON_DTYPES[shares.dtype],
-        "num_warps": 4,
+        **_COMBINED,
     }

@@ -49,13 +49,19 @@ def hidden_parts(
     seen = (unit < units)[None, :, None] & (feature < D)[:, None, :]  # [PIECES, UNITS, WIDTH]
     if tile < 3 * ((H + UNITS - 1) // UNITS):
         rows = (view * H + unit).to(tl.int64) * D
-        weights = tl.load(view_in_weight + rows[None, :, None] + feature[:, None, :], mask=seen, other=0.0).to(ACC)
+        weights = tl.load(
+            view_in_weight + rows[None, :, None] + feature[:, None, :], mask=seen, other=0.0
+        ).to(ACC)
     else:
         rows = unit.to(tl.int64) * (4 * D) + view * D
-        weights = tl.load(router_in_weight + rows[None, :, None] + feature[:, None, :], mask=seen, other=0.0).to(ACC)
+        weights = tl.load(
+            router_in_weight + rows[None, :, None] + feature[:, None, :], mask=seen, other=0.0
+        ).to(ACC)
     states = _view(last, mean, attention, prompt, view)
     column = offset + unit
-    for index in range(0, tl.minimum(ROWS, batch - first)):
+    for index in tl.range(
+        0, tl.minimum(ROWS, batch - first), num_stages=3
+    ):  # rows on their way while one is summed
         row = first.to(tl.int64) + index
         z = tl.load(states + row * D + feature, mask=feature < D, other=0.0).to(ACC)
         shares = tl.sum(tl.sum(weights * z[:, None, :], axis=0), axis=1)  # [UNITS]
@@ -318,7 +324,9 @@ def view_gradients(
     if view < 3:
         weights = view_in_weight + view.to(tl.int64) * H * D
         total = _through(rows + view * H, present, weights, feature, total, H, D, D, UNITS, ACC)
-    total = _through(rows + 3 * H, present, router_in_weight + view * D, feature, total, H_R, D, 4 * D, UNITS, ACC)
+    total = _through(
+        rows + 3 * H, present, router_in_weight + view * D, feature, total, H_R, D, 4 * D, UNITS, ACC
+    )
     out = _view(grad_last, grad_mean, grad_attention, grad_prompt, view)
     inside = present & (feature < D)[None, :]
     _store(out + row[:, None] * D + feature[None, :], total, inside)
