@@ -28,7 +28,7 @@ _HIDDEN = {"num_warps": 4}
 # A combining program's step: units of the three view MLPs, 8 numbers a thread. Left alone, the compiler may spill to
 # use fewer registers than it has.
 _COMBINED_UNITS = 256
-_COMBINED = {"num_warps": 4} | ({} if ON_AMD else {"maxnreg": 128})
+_COMBINED = {"num_warps": 4} | ({} if ON_AMD else {"maxnreg": 192})
 # The backward's products, 16 rows at a time as tl.dot has no less. The views' gradients have the fewest programs, 4 a
 # block of features at small batches: narrow blocks, many warps, three steps of weights on their way.
 _VIEW_PRODUCT = {"ROWS": 16, "UNITS": 32, "WIDTH": 64, "num_warps": 8, "num_stages": 4}

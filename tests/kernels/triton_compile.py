@@ -193,6 +193,8 @@ _VARIANTS = {  # constants that tell the launches of a kernel apart, as a reader
     "PROMPT_MEAN": "prompt mean",
     "RESPONSE_MEAN": "response mean",
     "ALL_MEAN": "mean of all",
+    "ENTROPY": "weighted pairs, entropy floor",
+    "GRADIENTS": "gradients",
 }
 
 
