@@ -66,13 +66,13 @@ def gated_expert_combination_backward(
     """Gradients of the four views and the eight weights, hidden layers recomputed from the views."""
     views, weights = _views(last, mean, attention, prompt), [aligned(x) for x in weights]
     acc, (batch, d), (h, h_r) = arithmetic_dtype(last.dtype), last.shape, _widths(weights)
+    given = (last, mean, attention, prompt)
     if not batch:
-        return [torch.zeros_like(x) for x in (*views, *weights)]
+        return [x.new_zeros(x.shape) for x in (*given, *weights)]
     dviews, dweights = [torch.empty_like(x) for x in views], [torch.empty_like(x) for x in weights]
     doutputs = last.new_empty(batch, 6, dtype=acc)
     dhidden, hidden = (last.new_empty(batch, 3 * h + h_r, dtype=acc) for _ in range(2))
     grads = [aligned(x) for x in (grad_reward, grad_scores, grad_pi)]
-    in_weights, dsmall = (weights[0], weights[4]), _small(dweights)
     sizes = {"H": h, "H_R": h_r, "ACC": TRITON_DTYPES[acc]}
     with device_of(last):
         shares = _hidden_parts(views, weights)
@@ -80,16 +80,15 @@ def gated_expert_combination_backward(
             *grads, shares, *_small(weights), doutputs, dhidden, hidden, **_combining(shares, weights)
         )
         kernels.view_gradients[(parts(batch, _VIEW_PRODUCT["ROWS"]), parts(d, _VIEW_PRODUCT["WIDTH"]), 4)](
-            dhidden, *in_weights, *dviews, batch, D=d, **sizes, **_VIEW_PRODUCT
+            dhidden, weights[0], weights[4], *dviews, batch, D=d, **sizes, **_VIEW_PRODUCT
         )
         tiles = _unit_tiles(weights, _WEIGHT_PRODUCT["UNITS"])
         kernels.weight_gradients[(tiles, parts(d, _WEIGHT_PRODUCT["WIDTH"]))](
             dhidden, *views, dweights[0], dweights[4], batch, D=d, **sizes, **_WEIGHT_PRODUCT
         )
         kernels.vector_gradients[(parts(3 * h + h_r, _VECTORS["UNITS"]) + 1,)](
-            doutputs, dhidden, hidden, *dsmall, batch, **sizes, **_VECTORS
+            doutputs, dhidden, hidden, *_small(dweights), batch, **sizes, **_VECTORS
         )
-    given = (last, mean, attention, prompt)
     return [*(grad.to(x.dtype) for grad, x in zip(dviews, given, strict=True)), *dweights]
 
 

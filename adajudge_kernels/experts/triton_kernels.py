@@ -59,9 +59,8 @@ def hidden_parts(
         ).to(ACC)
     states = _view(last, mean, attention, prompt, view)
     column = offset + unit
-    for index in tl.range(
-        0, tl.minimum(ROWS, batch - first), num_stages=3
-    ):  # rows on their way while one is summed
+    count = tl.minimum(ROWS, batch - first)
+    for index in tl.range(0, count, num_stages=3):  # two rows are on their way while one is summed
         row = first.to(tl.int64) + index
         z = tl.load(states + row * D + feature, mask=feature < D, other=0.0).to(ACC)
         shares = tl.sum(tl.sum(weights * z[:, None, :], axis=0), axis=1)  # [UNITS]

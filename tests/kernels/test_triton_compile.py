@@ -85,6 +85,12 @@ def test_experts_compile_without_spills_and_read_weights_sixteen_bytes_at_once(s
             assert compiled.sixteen_byte_loads >= 2
 
 
+def test_the_number_of_rows_compiles_nothing_anew():
+    """And chooses no other arithmetic: a row's bits must not depend on it."""
+    few, many = (experts_launches(100, 30, 30, *DTYPES[0], rows=rows) for rows in (1, 400))
+    assert few == many
+
+
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda dtypes: "-".join(str(x)[6:] for x in dtypes))
 @architectures
 def test_the_loss_compiles_without_spills(dtypes, arch):
