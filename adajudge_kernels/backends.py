@@ -37,7 +37,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 FAMILIES = ("pooling", "refinement", "experts", "loss")
 
 # The operation families that a backend serves, each by a module of the backend's name in the family's folder.
-SERVED = {"reference": FAMILIES, "triton": ("pooling", "refinement")}
+SERVED = {"reference": FAMILIES, "triton": FAMILIES}
 
 _TRITON_FOUND = importlib.util.find_spec("triton") is not None
 _TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # triton reads it when it is imported

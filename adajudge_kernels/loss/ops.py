@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from adajudge_kernels import backends
@@ -64,12 +65,28 @@ def focal_bradley_terry_loss(
             f"entropy_floor: {entropy_floor} came, expected at most ln 3 = {math.log(3):.4f} nats"
         )
     numbers = [float(x) for x in (gamma, temperature, entropy_floor, entropy_weight)]
+    tensors = chosen, rejected, pair_weight, view_weights
+    gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     backend = backends.choose_backend(chosen.device, "loss").backend
-    return _loss(chosen, rejected, pair_weight, view_weights, *numbers, backend)
+    return _loss(*tensors, *numbers, gradients, backend)[0]
 
 
-def _loss_fake(chosen: Tensor, *_: Any) -> Tensor:
-    return chosen.new_empty((), dtype=arithmetic_dtype(chosen.dtype))
+def _loss_fake(
+    chosen: Tensor,
+    rejected: Tensor,
+    pair_weight: Tensor | None,
+    view_weights: Tensor | None,
+    gamma: float,
+    temperature: float,
+    entropy_floor: float,
+    entropy_weight: float,
+    gradients: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = arithmetic_dtype(chosen.dtype)
+    shapes = [x.shape if gradients and x is not None else (0,) for x in (chosen, pair_weight, view_weights)]
+    dchosen, dpair_weight, dview_weights = (chosen.new_empty(shape, dtype=dtype) for shape in shapes)
+    return chosen.new_empty((), dtype=dtype), dchosen, dpair_weight, dview_weights
 
 
 @operator("focal_bradley_terry_loss", _loss_fake)
@@ -82,59 +99,55 @@ def _loss(
     temperature: float,
     entropy_floor: float,
     entropy_weight: float,
+    gradients: bool,
     backend: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss; if `gradients`, also its gradients by chosen, pair_weight and view_weights, for which all is at hand."""
     return backends.load("loss", backend).focal_bradley_terry_loss_forward(
-        chosen, rejected, pair_weight, view_weights, gamma, temperature, entropy_floor, entropy_weight
+        chosen,
+        rejected,
+        pair_weight,
+        view_weights,
+        gamma,
+        temperature,
+        entropy_floor,
+        entropy_weight,
+        gradients,
     )
 
 
 def _loss_backward_fake(
-    grad: Tensor,
-    chosen: Tensor,
-    rejected: Tensor,
-    pair_weight: Tensor | None,
-    view_weights: Tensor | None,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = arithmetic_dtype(chosen.dtype)
-    optional = [
-        chosen.new_empty(0, dtype=dtype) if x is None else fresh(x) for x in (pair_weight, view_weights)
-    ]
-    return fresh(chosen), fresh(rejected), optional[0], optional[1]
+    grad: Tensor, gradients: list[Tensor], inputs: list[Tensor], backend: str
+) -> list[Tensor]:
+    return [fresh(x) for x in inputs]
 
 
 @operator("focal_bradley_terry_loss_backward", _loss_backward_fake)
-def _loss_backward(
-    grad: Tensor,
-    chosen: Tensor,
-    rejected: Tensor,
-    pair_weight: Tensor | None,
-    view_weights: Tensor | None,
-    gamma: float,
-    temperature: float,
-    entropy_floor: float,
-    entropy_weight: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return backends.load("loss", backend).focal_bradley_terry_loss_backward(
-        grad, chosen, rejected, pair_weight, view_weights, gamma, temperature, entropy_floor, entropy_weight
-    )
+def _loss_backward(grad: Tensor, gradients: list[Tensor], inputs: list[Tensor], backend: str) -> list[Tensor]:
+    """Gradients of `inputs` (chosen, rejected and what else there was), in their dtypes: the forward's times `grad`.
+
+    The inputs' values are not read; through them autograd sees that there is a second derivative to refuse.
+    """
+    dchosen, *others = (grad * x for x in gradients)
+    return [x.to(y.dtype) for x, y in zip((dchosen, -dchosen, *others), inputs, strict=True)]
 
 
-def _loss_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, gamma, temperature, floor, weight, ctx.backend = inputs
-    ctx.numbers = (gamma, temperature, floor, weight)
+def _loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, _, _, _, _, _, ctx.backend = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.present = [x is not None for x in tensors]
-    ctx.save_for_backward(*[x for x in tensors if x is not None])
+    ctx.save_for_backward(*output[1:], *(x for x in tensors if x is not None))
 
 
-def _loss_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    saved = iter(ctx.saved_tensors)
-    tensors = [next(saved) if present else None for present in ctx.present]
-    gradients = _loss_backward(grad, *tensors, *ctx.numbers, ctx.backend)
-    wanted = [g if present else None for g, present in zip(gradients, ctx.present, strict=True)]
-    return *wanted, None, None, None, None, None
+def _loss_gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 10
+    dchosen, dpair_weight, dview_weights, *inputs = ctx.saved_tensors
+    optional = zip((dpair_weight, dview_weights), ctx.present[2:], strict=True)
+    unscaled = [dchosen, *(x for x, present in optional if present)]
+    gradients = iter(_loss_backward(grad, unscaled, inputs, ctx.backend))
+    return *(next(gradients) if present else None for present in ctx.present), *[None] * 6
 
 
 _loss.register_autograd(_loss_gradients, setup_context=_loss_context)

@@ -31,50 +31,30 @@ def focal_bradley_terry_loss_forward(
     temperature: float,
     entropy_floor: float,
     entropy_weight: float,
-) -> Tensor:
-    """The scalar loss; a mean over no pairs (or no sequences) is zero."""
-    z = _logit(chosen, rejected, temperature)
-    focal = -torch.exp(gamma * F.logsigmoid(-z)) * F.logsigmoid(z)
-    if pair_weight is not None:
-        focal = focal * upcast(pair_weight)
-    loss = focal.sum() / max(focal.numel(), 1)
-    if view_weights is not None:
-        pi = upcast(view_weights)
-        entropy = -(pi * _log_weights(pi)).sum(dim=1)
-        shortfall = (entropy_floor - entropy).clamp(min=0)
-        loss = loss + entropy_weight * (shortfall * shortfall).sum() / max(shortfall.numel(), 1)
-    return loss
-
-
-def focal_bradley_terry_loss_backward(
-    grad: Tensor,
-    chosen: Tensor,
-    rejected: Tensor,
-    pair_weight: Tensor | None,
-    view_weights: Tensor | None,
-    gamma: float,
-    temperature: float,
-    entropy_floor: float,
-    entropy_weight: float,
+    gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of chosen, rejected, pair_weight and view_weights (empty for an argument that is None).
+    """The scalar loss, and its gradients by chosen, pair_weight and view_weights, in arithmetic precision.
 
-    ``d/dz[-(1-p)^gamma log p] = (1-p)^gamma (gamma p log p - (1-p))``.
+    A mean over no pairs (or no sequences) is zero. A gradient is empty if its argument is None or `gradients` is False;
+    rejected's is that of chosen, negated. ``d/dz[-(1-p)^gamma log p] = (1-p)^gamma (gamma p log p - (1-p))``.
     """
     z = _logit(chosen, rejected, temperature)
     log_p, log_q = F.logsigmoid(z), F.logsigmoid(-z)
     modulation = torch.exp(gamma * log_q)
-    scale = grad / max(z.numel(), 1)
-    dz = modulation * (gamma * torch.exp(log_p) * log_p - torch.exp(log_q)) * scale / temperature
-    dpair_weight = z.new_zeros(0)
-    if pair_weight is not None:
-        dz = dz * upcast(pair_weight)
-        dpair_weight = (-modulation * log_p * scale).to(pair_weight.dtype)
-    dview_weights = z.new_zeros(0)
+    pairs = max(z.numel(), 1)
+    w = torch.ones_like(z) if pair_weight is None else upcast(pair_weight)
+    loss = (-modulation * log_p * w).sum() / pairs
+    dchosen, dpair_weight, dview_weights = (z.new_empty(0) for _ in range(3))
+    if gradients:
+        dz = modulation * (gamma * torch.exp(log_p) * log_p - torch.exp(log_q))
+        dchosen = dz * w / (pairs * temperature)
+    if gradients and pair_weight is not None:
+        dpair_weight = -modulation * log_p / pairs
     if view_weights is not None:
         pi = upcast(view_weights)
-        log_pi = _log_weights(pi)
+        log_pi, sequences = _log_weights(pi), max(len(pi), 1)
         shortfall = (entropy_floor + (pi * log_pi).sum(dim=1, keepdim=True)).clamp(min=0)
-        dview_weights = grad * entropy_weight * 2 * shortfall * (log_pi + 1) / max(len(pi), 1)
-        dview_weights = dview_weights.to(view_weights.dtype)
-    return dz.to(chosen.dtype), (-dz).to(rejected.dtype), dpair_weight, dview_weights
+        loss = loss + entropy_weight * (shortfall * shortfall).sum() / sequences
+        if gradients:
+            dview_weights = entropy_weight * 2 * shortfall * (log_pi + 1) / sequences
+    return loss, dchosen, dpair_weight, dview_weights

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adajudge_kernels.launching import (
+from adajudge_kernels.launches import (
     ON_AMD,
     TRITON_DTYPES,
     aligned,
+    device_of,
     narrow_block,
-    on_device,
     parts,
     power_of_2,
     sum_rows,
@@ -37,7 +37,7 @@ def depth_gate_forward(
     alpha = hidden.new_empty(batch, depths, dtype=acc)
     prompt_mean, context = (hidden.new_empty(batch, d, dtype=acc) for _ in range(2))
     if batch:
-        with on_device(hidden):
+        with device_of(hidden):
             sums = _sums(hidden, tables, prompt=True, response=True)
             _combine_sums(sums, tables, prompt=prompt_mean, everything=context)
             kernels.gate[(batch,)](
@@ -79,7 +79,7 @@ def masked_mean_pool_forward(hidden: Tensor, tables: LayoutTables, max_length: i
         tables.sequences.shape[0], hidden.shape[1], dtype=arithmetic_dtype(hidden.dtype)
     )
     if pooled.shape[0]:
-        with on_device(hidden):
+        with device_of(hidden):
             sums = _sums(hidden, tables, prompt=which != "response", response=which != "prompt")
             name = "everything" if which == "all" else which
             _combine_sums(sums, tables, **{name: pooled})
@@ -179,7 +179,7 @@ def _views_forward(
     weighted = states[0].new_empty(chunks, d, dtype=acc)
     sums = states[0].new_empty(chunks, d, dtype=acc) if all_views else weighted
     tops, totals = (states[0].new_empty(chunks, dtype=acc) for _ in range(2))
-    with on_device(states[0]):
+    with device_of(states[0]):
         logits = tops
         if wide:
             logits = states[0].new_empty(chunks * CHUNK_TOKENS, dtype=acc)
@@ -264,7 +264,7 @@ def _views_backward(
     betas, dlogits = per_token[-2:] if shared else (weight, weight)
     dalpha_parts = states[0].new_empty(chunks * blocks, depths, dtype=acc)
     dweight_parts = states[0].new_empty(chunks, d, dtype=acc)
-    with on_device(states[0]):
+    with device_of(states[0]):
         if wide:
             _dots(
                 states, alpha, weight, bias, tables, all_views, response_only, logits, attention, pooled, dots
@@ -446,7 +446,7 @@ def _spread_means(
         return given.new_zeros(tables.roles.shape[0], d, dtype=dtype)
     out = given.new_empty(tables.roles.shape[0], d, dtype=dtype)
     plan = tile("spread_means", d, 1, dtype)
-    with on_device(out):
+    with device_of(out):
         kernels.spread_means[(tables.group_chunks.shape[0], parts(d, plan.block))](
             *(given if x is None else x for x in grads),
             tables.roles,

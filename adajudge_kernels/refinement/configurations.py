@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from adajudge_kernels.launching import power_of_2
+from adajudge_kernels.launches import power_of_2
 from adajudge_kernels.tables import CHUNK_TOKENS
 
 

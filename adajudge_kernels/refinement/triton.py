@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor
 
-from adajudge_kernels.launching import ON_AMD, TRITON_DTYPES, aligned, on_device, parts, power_of_2, sum_rows
+from adajudge_kernels.launches import ON_AMD, TRITON_DTYPES, aligned, device_of, parts, power_of_2, sum_rows
 from adajudge_kernels.refinement import attention_kernels as attention
 from adajudge_kernels.refinement import triton_kernels as kernels
 from adajudge_kernels.refinement.configurations import (
@@ -34,7 +34,7 @@ def residual_rms_norm_forward(
     normed = torch.empty_like(x)
     step = norm_step(d)
     if tokens:
-        with on_device(x):
+        with device_of(x):
             kernels.residual_rms_norm[(parts(tokens, step.tokens),)](
                 x,
                 x if update is None else aligned(update),
@@ -67,7 +67,7 @@ def residual_rms_norm_backward(
     if d > WIDEST_NORM:
         kernel, step = kernels.wide_rms_norm_backward, WIDE_NORM_STEP
     weight_parts = total.new_empty(chunks, d, dtype=acc)
-    with on_device(total):
+    with device_of(total):
         kernel[(chunks,)](
             total if grad_total is None else aligned(grad_total),
             grad_normed,
@@ -95,7 +95,7 @@ def swiglu_forward(gate_up: Tensor) -> Tensor:
     out = gate_up.new_empty(tokens, width)
     if out.numel():
         block, warps = swiglu_block(width)
-        with on_device(out):
+        with device_of(out):
             kernels.swiglu[(tokens, parts(width, block))](
                 gate_up,
                 out,
@@ -114,7 +114,7 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     out = torch.empty_like(gate_up)
     if out.numel():
         block, warps = swiglu_block(width)
-        with on_device(out):
+        with device_of(out):
             kernels.swiglu_backward[(tokens, parts(width, block))](
                 grad,
                 gate_up,
@@ -144,7 +144,7 @@ def sequence_attention_forward(
     chunks = tables.query_chunks.shape[0]
     if chunks:
         step, constants = _constants("forward", query, key, tables, causal, scale)
-        with on_device(query):
+        with device_of(query):
             attention.attention_forward[(chunks * _tiles(step.queries), heads)](
                 query,
                 key,
@@ -181,7 +181,7 @@ def sequence_attention_backward(
     query, key, value = (_rowwise(x) for x in (query, key, value))
     rows, heads, _ = query.shape
     deltas = torch.empty_like(log_sum_exp)
-    with on_device(query):
+    with device_of(query):
         if tables.query_chunks.shape[0]:
             step, constants = _constants("backward_queries", query, key, tables, causal, scale)
             attention.attention_backward_queries[

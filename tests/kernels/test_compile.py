@@ -116,6 +116,7 @@ OPERATORS = {
             1.0,
             0.5,
             0.1,
+            True,
             *tail,
         )
     ),

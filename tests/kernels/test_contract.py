@@ -15,9 +15,13 @@ from tests.kernels.operations import (
     POOLING,
     ROWWISE,
     call_experts,
+    call_loss,
     draw_experts,
+    draw_loss,
     draw_views,
     over_tokens,
+    true_experts,
+    true_loss,
     views,
 )
 
@@ -75,15 +79,45 @@ def test_any_number_of_features(operation, d, device):
     compare(operation, operation.draw(batch, d, 2), batch, "packed", torch.float32, device)
 
 
-@rowwise
-@dtypes
-@pytest.mark.parametrize("rows", [1, 7, 64])
-def test_rowwise_error_is_at_most_twice_that_of_plain_pytorch(name, draw, call, truth, dtype, rows, device):
-    rounded = {key: x.to(dtype) for key, x in draw(rows).items()}
+def compare_rowwise(name, call, truth, inputs, dtype, device):
+    rounded = {key: x.to(dtype) for key, x in inputs.items()}
     ours = run_truth(call, cast(rounded, dtype, device))
     plain = run_truth(truth, cast(rounded, dtype))
     exact = run_truth(truth, cast(rounded, torch.float64))
     assert_within_contract(ours, plain, exact, name, dtype)
+
+
+@rowwise
+@dtypes
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_rowwise_error_is_at_most_twice_that_of_plain_pytorch(name, draw, call, truth, dtype, rows, device):
+    compare_rowwise(name, call, truth, draw(rows), dtype, device)
+
+
+EXPERT_SIZES = [(1, 1, 1), (3, 5, 2), (1030, 17, 9), (200, 270, 300), (2100 if INTERPRETED else 16384, 3, 2)]
+
+
+@dtypes
+@pytest.mark.parametrize("size", EXPERT_SIZES, ids=str)
+def test_experts_of_any_width(size, dtype, device):
+    compare_rowwise(
+        "gated_expert_combination", call_experts, true_experts, draw_experts(3, *size), dtype, device
+    )
+
+
+@dtypes
+@pytest.mark.parametrize(("pairs", "sequences"), [(2500, 5000), (1, 1500), (1024, 1)])
+def test_loss_of_many_pairs_and_any_number_of_sequences(pairs, sequences, dtype, device):
+    inputs = draw_loss(pairs)
+    inputs["view_weights"] = torch.softmax(3 * torch.randn(sequences, 3, dtype=torch.float64), dim=1)
+    compare_rowwise("focal_bradley_terry_loss", call_loss, true_loss, inputs, dtype, device)
+
+
+def test_loss_of_a_hundred_thousand_pairs(device):
+    chosen, rejected = torch.randn(2, 100_000, device=device)
+    loss = ak.focal_bradley_terry_loss(chosen, rejected, gamma=0.0)
+    exact = -torch.nn.functional.logsigmoid((chosen - rejected).double()).mean()
+    assert float(loss) == pytest.approx(float(exact), rel=1e-6)
 
 
 @dtypes
@@ -96,6 +130,21 @@ def test_experts_take_states_and_weights_of_different_dtypes(dtype, device):
     expected = call_experts({k: x.double() for k, x in mixed.items()})[0]
     assert out.dtype == torch.float32
     assert torch.allclose(out.double(), expected, atol=1e-5)
+
+
+def test_experts_take_every_tensor_in_a_dtype_of_its_own(device):
+    drawn = draw_experts(5)
+    own = {name: DTYPES[i % 3] for i, name in enumerate(drawn)}
+    inputs = {name: cast({name: x}, own[name], device)[name] for name, x in drawn.items()}
+    outputs, gradients = run_truth(call_experts, inputs)
+    exact, true_gradients = run_truth(
+        true_experts, cast({k: x.detach() for k, x in inputs.items()}, torch.float64)
+    )
+    assert {out.dtype for out in outputs} == {torch.float32}
+    assert all(torch.allclose(a.cpu().double(), b, atol=1e-5) for a, b in zip(outputs, exact, strict=True))
+    for name, gradient in gradients.items():
+        assert gradient.dtype == own[name], name
+        assert torch.allclose(gradient.cpu().double(), true_gradients[name], rtol=2**-6, atol=1e-4), name
 
 
 @pooling
@@ -306,7 +355,9 @@ def test_gradcheck(operation, device):
 def test_rowwise_gradcheck(name, draw, call, truth, device):
     drawn = cast(draw(3), torch.float64, device)
     assert torch.autograd.gradcheck(
-        lambda *values: call(dict(zip(drawn, values, strict=True))), tuple(drawn.values())
+        lambda *values: call(dict(zip(drawn, values, strict=True))),
+        tuple(drawn.values()),
+        fast_mode=INTERPRETED,
     )
 
 

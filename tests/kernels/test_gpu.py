@@ -1,15 +1,43 @@
 """What only a GPU can show: huge tensors, graphs, streams, memory. Run by `make test-gpu` for every backend there."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 
 import adajudge_kernels as ak
 from tests.kernels.batches import LONG, RAGGED
-from tests.kernels.comparison import cast, run_operation, weighted_sum
-from tests.kernels.operations import POOLING
+from tests.kernels.comparison import cast, run_operation, run_truth, weighted_sum
+from tests.kernels.operations import POOLING, ROWWISE
 
 pytestmark = pytest.mark.gpu
 pooling = pytest.mark.parametrize("operation", POOLING, ids=lambda op: op.name)
+rowwise = pytest.mark.parametrize(("name", "draw", "call", "truth"), ROWWISE, ids=[op[0] for op in ROWWISE])
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operation of any family: `draw()` gives fp64 inputs by name, `on(device)` what is called with them."""
+
+    name: str
+    draw: Callable[[], dict[str, torch.Tensor]]
+    on: Callable[[torch.device], Callable[..., tuple[Any, ...]]]
+
+
+def over_tokens_of_a_long_batch(operation):
+    return Case(
+        operation.name,
+        partial(operation.draw, LONG, 64, 3),
+        lambda device: partial(operation.call, layout=LONG.lay_out("shared", device)[0]),
+    )
+
+
+CASES = [over_tokens_of_a_long_batch(operation) for operation in POOLING]
+CASES += [Case(name, partial(draw, 20), lambda device, call=call: call) for name, draw, call, _ in ROWWISE]
+cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 @pytest.fixture(autouse=True)
@@ -18,17 +46,13 @@ def only_on_a_gpu(device):
         pytest.skip("the test is of a GPU")
 
 
-def draw(operation, batch, d, depths, dtype, device):
-    return cast(operation.draw(batch, d, depths), dtype, device)
-
-
-@pooling
-def test_a_captured_graph_gives_the_bits_of_a_plain_call(operation, device):
-    layout, _ = LONG.lay_out("shared", device)
-    inputs = draw(operation, LONG, 64, 3, torch.bfloat16, device)
+@cases
+def test_a_captured_graph_gives_the_bits_of_a_plain_call(case, device):
+    call = case.on(device)
+    inputs = cast(case.draw(), torch.bfloat16, device)
 
     def step():
-        outputs = operation.call(inputs, layout)
+        outputs = call(inputs)
         leaves = [x for x in inputs.values() if x.requires_grad]
         return *outputs, *torch.autograd.grad(weighted_sum(outputs), leaves, allow_unused=True)
 
@@ -43,7 +67,7 @@ def test_a_captured_graph_gives_the_bits_of_a_plain_call(operation, device):
         captured = step()
     for seed in (1, 2):
         torch.manual_seed(seed)
-        for name, x in operation.draw(LONG, 64, 3).items():
+        for name, x in case.draw().items():
             inputs[name].data.copy_(x)
         graph.replay()
         torch.cuda.synchronize()
@@ -52,46 +76,51 @@ def test_a_captured_graph_gives_the_bits_of_a_plain_call(operation, device):
             assert (a is None and b is None) or torch.equal(a, b)
 
 
-@pooling
-def test_work_is_queued_on_the_callers_stream(operation, device):
-    """The states are written late, on a side stream; a kernel on any other stream would read them before that."""
-    layout, _ = LONG.lay_out("packed", device)
-    tokens = layout.num_tokens
-    inputs = {name: x.detach() for name, x in draw(operation, LONG, 64, 3, torch.float32, device).items()}
-    placed = {
-        name: torch.randn(tokens, 64, device=device) if x.shape[:1] == (LONG.num_tokens,) else x
-        for name, x in inputs.items()
-    }
-    expected = operation.call(placed, layout)
-    late = {name: torch.zeros_like(x) for name, x in placed.items()}
+@cases
+def test_work_is_queued_on_the_callers_stream(case, device):
+    """The inputs are written late, on a side stream; a kernel on any other stream would read them before that."""
+    call = case.on(device)
+    inputs = {name: x.to(device, torch.float32) for name, x in case.draw().items()}
+    expected = call(inputs)
+    late = {name: torch.zeros_like(x) for name, x in inputs.items()}
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(50_000_000)
-        for name, x in placed.items():
+        for name, x in inputs.items():
             late[name].copy_(x)
-        outputs = operation.call(late, layout)
+        outputs = call(late)
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
 
 
-@pooling
-def test_no_output_depends_on_what_was_in_fresh_memory(operation, device):
+def assert_the_same_in_any_memory(draw, run, device):
     """Three runs, before each of which the memory that the allocator will hand out is filled with another number."""
-    layout, source = RAGGED.lay_out("padded_left", device)
     results = []
     for fill in (0.0, float("nan"), 1e30):
         torch.manual_seed(0)
-        inputs = draw(operation, RAGGED, 100, 3, torch.float32, device)
+        inputs = cast(draw(), torch.float32, device)
         torch.cuda.empty_cache()
         blocks = [torch.full((2**k,), fill, device=device) for k in range(6, 25, 2)]
         torch.cuda.synchronize()
         del blocks
-        results.append(run_operation(operation, inputs, layout, source))
+        results.append(run(inputs))
     for outputs, gradients in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(outputs, results[0][0], strict=True))
         for name, gradient in gradients.items():
             expected = results[0][1][name]
             assert (gradient is None and expected is None) or torch.equal(gradient, expected), name
+
+
+@pooling
+def test_no_output_depends_on_what_was_in_fresh_memory(operation, device):
+    layout, source = RAGGED.lay_out("padded_left", device)
+    run = partial(run_operation, operation, layout=layout, source=source)
+    assert_the_same_in_any_memory(partial(operation.draw, RAGGED, 100, 3), run, device)
+
+
+@rowwise
+def test_no_rowwise_output_depends_on_what_was_in_fresh_memory(name, draw, call, truth, device):
+    assert_the_same_in_any_memory(partial(draw, 20), partial(run_truth, call), device)
 
 
 def test_more_than_two_to_the_31_elements(device):
@@ -145,15 +174,12 @@ def test_memory_held_for_the_backward_is_small_beside_the_states(operation, devi
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pooling
-def test_a_second_device(operation, device):
+@cases
+def test_a_second_device(case, device):
     results = []
     for index in (0, 1):
         torch.manual_seed(0)
         there = torch.device("cuda", index)
-        layout, source = RAGGED.lay_out("packed", there)
-        outputs, _ = run_operation(
-            operation, draw(operation, RAGGED, 64, 2, torch.float32, there), layout, source
-        )
+        outputs, _ = run_truth(case.on(there), cast(case.draw(), torch.float32, there))
         results.append([out.cpu() for out in outputs])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -1,5 +1,6 @@
-"""Every Triton kernel that the pooling operations launch compiles for every architecture, without spills."""
+"""Every Triton kernel that the operations launch compiles for every architecture, without spills."""
 
+import math
 import os
 from pathlib import Path
 
@@ -17,8 +18,12 @@ from tests.kernels.triton_compile import (
     TRITON_VERSION,
     attention_launches,
     compile_launch,
+    experts_launches,
+    experts_table,
+    loss_launches,
+    loss_table,
     pooling_launches,
-    resource_table,
+    pooling_table,
     row_launches,
 )
 from tests.summary import note_compilation
@@ -38,20 +43,61 @@ ROWS = [
     (8192, 3, torch.bfloat16),
     (16384, 8, torch.bfloat16),
 ]
-DOCUMENT = Path(__file__).parents[2] / "docs" / "triton-pooling.md"
+EXPERTS = [(4096, 256, 256), (1024, 64, 64), (100, 30, 30), (16384, 256, 256)]  # d, h, h_r
+DTYPES = [  # of views and weights
+    (torch.bfloat16, torch.float32),
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.bfloat16),
+]
+DOCUMENTS = Path(__file__).parents[2] / "docs"
+architectures = pytest.mark.parametrize("arch", NVIDIA)
+
+
+def compile_within_limits(launch, arch):
+    """The compilation, which spills nothing and needs no more shared memory than there is."""
+    compiled = compile_launch(launch, NVIDIA[arch])
+    where = f"{launch.name} sm_{arch} {dict(launch.constants)} {launch.signature}"
+    assert compiled.stack == 0, f"{where}: {compiled.stack} bytes spilled, {compiled.registers} registers"
+    assert compiled.shared <= SHARED_MEMORY[arch], where
+    note_compilation(f"sm_{arch}", where, compiled.registers)
+    return compiled
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"d{row[0]}-K{row[1]}-{str(row[2])[6:]}")
-@pytest.mark.parametrize("arch", NVIDIA)
+@architectures
 def test_kernels_compile_without_spills_and_read_sixteen_bytes_at_once(row, arch):
     for launch in pooling_launches(*row):
-        compiled = compile_launch(launch, NVIDIA[arch])
-        where = f"{launch.name} sm_{arch} {dict(launch.constants)}"
-        assert compiled.stack == 0, f"{where}: {compiled.stack} bytes spilled, {compiled.registers} registers"
-        assert compiled.shared <= SHARED_MEMORY[arch], where
+        compiled = compile_within_limits(launch, arch)
         if launch.name in ("scan", "scan_backward"):
-            assert compiled.sixteen_byte_loads >= dict(launch.constants)["K"], where
-        note_compilation(f"sm_{arch}", where, compiled.registers)
+            assert compiled.sixteen_byte_loads >= dict(launch.constants)["K"], launch
+
+
+@pytest.mark.parametrize("size", EXPERTS, ids=lambda size: f"d{size[0]}-h{size[1]}")
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda dtypes: "-".join(str(x)[6:] for x in dtypes))
+@architectures
+def test_experts_compile_without_spills_and_read_weights_sixteen_bytes_at_once(size, dtypes, arch):
+    for launch in experts_launches(*size, *dtypes):
+        compiled = compile_within_limits(launch, arch)
+        if launch.name == "hidden_parts" and size[0] >= 1024:
+            tile = math.prod(dict(launch.constants)[name] for name in ("UNITS", "PIECES", "WIDTH"))
+            loads = tile * dtypes[1].itemsize // 16 // (32 * dict(launch.options)["num_warps"])
+            assert compiled.sixteen_byte_loads >= 2 * loads  # of the view MLPs' weights, or of the router's
+        if launch.name == "view_gradients" and size[0] % 8 == 0:
+            assert compiled.sixteen_byte_loads >= 2
+
+
+def test_the_number_of_rows_compiles_nothing_anew():
+    """And chooses no other arithmetic: a row's bits must not depend on it."""
+    few, many = (experts_launches(100, 30, 30, *DTYPES[0], rows=rows) for rows in (1, 400))
+    assert few == many
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda dtypes: "-".join(str(x)[6:] for x in dtypes))
+@architectures
+def test_the_loss_compiles_without_spills(dtypes, arch):
+    for launch in loss_launches(*dtypes):
+        compile_within_limits(launch, arch)
 
 
 # Head size, dtype, heads of keys (of 8), which queries, causal.
@@ -72,50 +118,49 @@ ATTENTIONS = [
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS, ids=str)
-@pytest.mark.parametrize("arch", NVIDIA)
+@architectures
 def test_attention_compiles_without_spills_onto_tensor_cores(attention, arch):
     head_size, dtype = attention[:2]
     launches = attention_launches(*attention)
     assert len(launches) == 3
     for launch in launches:
-        compiled = compile_launch(launch, NVIDIA[arch])
-        where = f"{launch.name} sm_{arch} {attention}"
-        assert compiled.stack == 0, f"{where}: {compiled.stack} bytes spilled, {compiled.registers} registers"
-        assert compiled.shared <= SHARED_MEMORY[arch], where
-        assert head_size < 64 or compiled.sixteen_byte_loads + compiled.sixteen_byte_copies >= 2, where
-        assert (compiled.tensor_core_products > 0) == (dtype != torch.float32), where
-        note_compilation(f"sm_{arch}", where, compiled.registers)
+        compiled = compile_within_limits(launch, arch)
+        assert head_size < 64 or compiled.sixteen_byte_loads >= 2, launch
+        assert (compiled.tensor_core_products > 0) == (dtype != torch.float32), launch
 
 
 @pytest.mark.parametrize("d", [64, 1000, 4096, 16384])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("arch", NVIDIA)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@architectures
 def test_norm_and_swiglu_compile_without_spills(d, dtype, arch):
     for launch in row_launches(d, dtype):
-        compiled = compile_launch(launch, NVIDIA[arch])
-        where = f"{launch.name} sm_{arch} d={d} {dtype}"
-        assert compiled.stack == 0, f"{where}: {compiled.stack} bytes spilled, {compiled.registers} registers"
-        assert compiled.shared <= SHARED_MEMORY[arch], where
-        assert d < 4096 or compiled.sixteen_byte_loads >= 1, where
-        note_compilation(f"sm_{arch}", where, compiled.registers)
-
-
-@pytest.mark.parametrize("target", AMD.values(), ids=AMD)
-def test_refinement_compiles_for_amd(target):
-    for launch in [*attention_launches(*ATTENTIONS[2]), *row_launches(4096, torch.bfloat16)]:
-        assert compile_launch(launch, target).assembly, launch.name
-        note_compilation(target.arch, f"{launch.name} {launch.constants}", 0)
+        compiled = compile_within_limits(launch, arch)
+        assert d < 4096 or compiled.sixteen_byte_loads >= 1, launch
 
 
 @pytest.mark.parametrize("target", AMD.values(), ids=AMD)
 def test_kernels_compile_for_amd(target):
-    for launch in pooling_launches(*EVERYWHERE):
+    experts = experts_launches(*EXPERTS[0], *DTYPES[0])
+    refinement = [*attention_launches(*ATTENTIONS[2]), *row_launches(4096, torch.bfloat16)]
+    for launch in (*pooling_launches(*EVERYWHERE), *refinement, *experts, *loss_launches()):
         assert compile_launch(launch, target).assembly, launch.name
         note_compilation(target.arch, f"{launch.name} {launch.constants}", 0)
 
 
-def test_the_documented_resources_are_what_the_compiler_says():
-    text = DOCUMENT.read_text(encoding="utf-8")
+TABLES = {
+    "triton-pooling.md": [pooling_table],
+    "triton-experts.md": [
+        lambda: experts_table(torch.float32),
+        lambda: experts_table(torch.bfloat16),
+        loss_table,
+    ],
+}
+
+
+@pytest.mark.parametrize("document", TABLES)
+def test_the_documented_resources_are_what_the_compiler_says(document):
+    text = (DOCUMENTS / document).read_text(encoding="utf-8")
     if f"triton {TRITON_VERSION}" not in text:
         pytest.skip("the document is of another version of triton")
-    assert resource_table(*EVERYWHERE) in text
+    for table in TABLES[document]:
+        assert table() in text

@@ -14,6 +14,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import adajudge_kernels as ak
+from adajudge_kernels.experts import triton as experts
+from adajudge_kernels.loss import triton as loss
 from adajudge_kernels.pooling import triton as pooling
 from adajudge_kernels.refinement import triton as refinement
 
@@ -89,15 +91,10 @@ class Compiled:
 
     @property
     def sixteen_byte_loads(self):
-        """How many load instructions of the PTX fetch 16 bytes a thread."""
-        return len(
-            re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|ld\.global\S*\.v4\.f32", self.assembly)
-        )
-
-    @property
-    def sixteen_byte_copies(self):
-        """How many copies to shared memory go past the registers, 16 bytes a thread."""
-        return len(re.findall(r"cp\.async\.\S+ .*, 0x10|cp\.async\.cg\S*", self.assembly))
+        """How many load instructions of the PTX fetch 16 bytes a thread, to registers or to shared memory."""
+        to_registers = r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|ld\.global\S*\.v4\.f32"
+        to_shared = r"cp\.async\.cg\.\S+ \[[^]]*\], \[[^]]*\], 0x10"
+        return len(re.findall(f"{to_registers}|{to_shared}", self.assembly))
 
     @property
     def tensor_core_products(self):
@@ -197,6 +194,34 @@ def row_launches(d, dtype):
     return list(found)
 
 
+def experts_launches(d, h, h_r, dtype, weight_dtype, rows=5):
+    """The distinct launches of the gated expert combination, forward and backward, on views of `dtype`."""
+    views = [torch.zeros(rows, d, dtype=dtype) for _ in range(4)]
+    shapes = ((3, h, d), (3, h), (3, h), (3,), (h_r, 4 * d), (h_r,), (3, h_r), (3,))
+    weights = [torch.zeros(shape, dtype=weight_dtype) for shape in shapes]
+    grads = torch.zeros(rows), torch.zeros(rows, 3), torch.zeros(rows, 3)
+    with recorded_launches() as found:
+        experts.gated_expert_combination_forward(*views, weights)
+        experts.gated_expert_combination_backward(*grads, *views, weights)
+    return list(found)
+
+
+def loss_launches(dtype=torch.float32, others=torch.float32):
+    """The distinct launches of the loss: bare, with all its terms, and with gradients."""
+    rewards, weight, pi = (
+        torch.zeros(5, dtype=dtype),
+        torch.zeros(5, dtype=others),
+        torch.zeros(9, 3, dtype=others),
+    )
+    with recorded_launches() as found:
+        for optional in ((None, None), (weight, pi)):
+            for gradients in (False, True):
+                loss.focal_bradley_terry_loss_forward(
+                    rewards, rewards, *optional, 2.0, 1.0, 0.5, 0.1, gradients
+                )
+    return list(found)
+
+
 _VARIANTS = {  # constants that tell the launches of a kernel apart, as a reader would call them
     "VIEWS": "three views",
     "SHARED": "shared prompts",
@@ -207,22 +232,24 @@ _VARIANTS = {  # constants that tell the launches of a kernel apart, as a reader
     "PROMPT_MEAN": "prompt mean",
     "RESPONSE_MEAN": "response mean",
     "ALL_MEAN": "mean of all",
+    "ENTROPY": "weighted pairs, entropy floor",
+    "GRADIENTS": "gradients",
 }
 
 
-def resource_table(d, depths, dtype):
-    """Markdown: registers a thread and shared memory a block of every launch, by architecture. None of them spills."""
+def resource_table(launches, step_name, step):
+    """Markdown: registers a thread and shared memory a block of every launch, by architecture. None of them spills.
+
+    `step` writes a launch's step, of which `step_name` says what it consists of, from its constants.
+    """
     lines = [
-        "| kernel | variant | tokens x features, warps | "
-        + " | ".join(f"sm_{arch}" for arch in NVIDIA)
-        + " |",
+        f"| kernel | variant | {step_name}, warps | " + " | ".join(f"sm_{arch}" for arch in NVIDIA) + " |",
         "| --- | --- | --- |" + " --- |" * len(NVIDIA),
     ]
-    for launch in pooling_launches(d, depths, dtype):
+    for launch in launches:
         constants = dict(launch.constants)
         variant = ", ".join(text for name, text in _VARIANTS.items() if constants.get(name))
-        step = f"{constants.get('TOKENS', constants.get('ROWS', 1))} x {constants.get('BLOCK', 1)}"
-        cells = [f"`{launch.name}`", variant, f"{step}, {dict(launch.options)['num_warps']}"]
+        cells = [f"`{launch.name}`", variant, f"{step(constants)}, {dict(launch.options)['num_warps']}"]
         for target in NVIDIA.values():
             compiled = compile_launch(launch, target)
             cells.append(f"{compiled.registers}, {compiled.shared / 1024:.1f} KiB")
@@ -232,5 +259,32 @@ def resource_table(d, depths, dtype):
     return "\n".join(lines)
 
 
+def pooling_table():
+    """The table of docs/triton-pooling.md."""
+
+    def step(constants):
+        return f"{constants.get('TOKENS', constants.get('ROWS', 1))} x {constants.get('BLOCK', 1)}"
+
+    return resource_table(pooling_launches(4096, 3, torch.bfloat16), "tokens x features", step)
+
+
+def experts_table(weight_dtype):
+    """A table of docs/triton-experts.md: fp32 views, as the pooling gives them."""
+
+    def step(constants):
+        features = constants.get("PIECES", 1) * constants.get("WIDTH", 0)
+        sizes = (constants.get("ROWS", 1), constants["UNITS"], features or "-")
+        return " x ".join(map(str, sizes))
+
+    launches = experts_launches(4096, 256, 256, torch.float32, weight_dtype)
+    return resource_table(launches, "rows x units x features", step)
+
+
+def loss_table():
+    """The other table of docs/triton-experts.md."""
+    return resource_table(loss_launches(), "pairs", lambda constants: constants["BLOCK"])
+
+
 if __name__ == "__main__":
-    print(resource_table(4096, 3, torch.bfloat16))
+    tables = pooling_table(), experts_table(torch.float32), experts_table(torch.bfloat16), loss_table()
+    print("\n\n".join(tables))

@@ -1,4 +1,4 @@
-"""What the launch code of all Triton kernels shares: alignment, devices, sizes, and a deterministic sum of rows."""
+"""What every launch of a Triton kernel needs: aligned arguments, the right device, sizes, a deterministic sum of rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-ON_AMD = torch.version.hip is not None
+ON_AMD = torch.version.hip is not None  # whose compiler has no limit on registers to set
 _ROWS = 16  # that `sum_rows` loads at once
 
 
@@ -43,7 +43,7 @@ def narrow_block(d: int) -> int:
     return max(16, min(128, power_of_2(d)))
 
 
-def on_device(x: Tensor) -> AbstractContextManager[object]:
+def device_of(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device; make it that of `x`."""
     return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
 
