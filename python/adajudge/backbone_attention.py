@@ -82,8 +82,8 @@ def layout_attention(
     unserved = [what for what, is_wanted in wanted.items() if is_wanted]
     if unserved:
         raise ValueError(
-            f"attn_implementation {NAME!r}: {type(module).__name__} wants {'; '.join(unserved)}, which it cannot serve; "
-            "expected another attn_implementation, e.g. 'sdpa' or 'eager'"
+            f"attn_implementation {NAME!r} cannot serve what {type(module).__name__} wants: {'; '.join(unserved)}. "
+            "Expected another attn_implementation, e.g. 'sdpa' or 'eager'"
         )
     # Autocast leaves query and key in fp32, out of the rotation, and value in its own dtype.
     rows = [x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value)]

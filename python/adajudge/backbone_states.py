@@ -13,9 +13,7 @@ from adajudge.attention_masks import attention_arguments
 from adajudge_kernels import SequenceLayout, TokenRole
 
 
-def without_padding(
-    batch: dict[str, Any], layout: SequenceLayout
-) -> tuple[dict[str, Any], SequenceLayout]:
+def without_padding(batch: dict[str, Any], layout: SequenceLayout) -> tuple[dict[str, Any], SequenceLayout]:
     """A padded batch, ``[B, L]`` and ``[B, L, d]``, as one row of its sequences, ``[1, T]`` and ``[1, T, d]``."""
     kept, packed = layout.without_padding()
 

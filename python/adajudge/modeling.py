@@ -1,6 +1,7 @@
 """The judge: a transformers backbone without its LM head, under an AdaJudge head.
 
-Importing this module registers the judge with `transformers.AutoModelForSequenceClassification`.
+Importing this module registers the judge with `transformers.AutoModelForSequenceClassification`, and the attention
+implementation ``"adajudge"`` with every backbone.
 """
 
 from __future__ import annotations
@@ -130,7 +131,8 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
                 backbone without LM head, which is taken as it is and not copied.
             dtype: of the backbone's weights; default as saved.
             options: fields of `AdaJudgeConfig`, e.g. ``num_blocks=2``; the others go to
-                ``AutoModel.from_pretrained``, e.g. ``attn_implementation="sdpa"`` or ``device_map``.
+                ``AutoModel.from_pretrained``, e.g. ``attn_implementation="adajudge"`` (`adajudge.backbone_attention`: prompts
+                that candidates share are computed once, padding never) or ``device_map``.
 
         Raises:
             ValueError: the weights are incomplete, what is there is already a judge, or an option makes no sense.
