@@ -79,15 +79,19 @@ def layout_attention(
         f"heads of {query.shape[-1]} features, more than {MAX_HEAD_SIZE}": query.shape[-1] > MAX_HEAD_SIZE,
         "values of another head size than its queries": value.shape[-1] != query.shape[-1],
     } | {what: options.get(name) is not None for name, what in _UNSERVED.items()}
+    _refuse(module, wanted)
+    # Autocast leaves query and key in fp32, out of the rotation, and value in its own dtype.
+    rows = [x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value)]
+    return sequence_attention(rows, adajudge_layout, scale=scaling).unsqueeze(0), None
+
+
+def _refuse(module: nn.Module, wanted: dict[str, bool]) -> None:
     unserved = [what for what, is_wanted in wanted.items() if is_wanted]
     if unserved:
         raise ValueError(
             f"attn_implementation {NAME!r} cannot serve what {type(module).__name__} wants: {'; '.join(unserved)}. "
             "Expected another attn_implementation, e.g. 'sdpa' or 'eager'"
         )
-    # Autocast leaves query and key in fp32, out of the rotation, and value in its own dtype.
-    rows = [x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value)]
-    return sequence_attention(rows, adajudge_layout, scale=scaling).unsqueeze(0), None
 
 
 def no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
