@@ -142,7 +142,8 @@ def check_keeps_apart(backbone: PreTrainedModel, config: PreTrainedConfig) -> No
     if found:
         raise ValueError(
             f"layout: {config.model_type!r} cannot serve sequences without padding: {'; '.join(found)}. "
-            "Pass a padded batch with attention_mask and response_mask"
+            "Pass a padded batch with attention_mask and response_mask, and an attn_implementation that reads padding "
+            f"(any but {backbone_attention.NAME!r})"
         )
 
 
