@@ -1,8 +1,8 @@
-"""How a transformers backbone is told which tokens see each other, where there is no padding mask to tell it.
+"""How a transformers backbone is told which tokens see each other: the one place that knows its implementations.
 
-Packed sequences are told apart by positions that restart at 0, which every attention implementation of
-transformers understands where no mask and no cache is given. A tree of prompts and responses cannot be told by
-positions: it needs its mask.
+Padding is told by its mask. Packed sequences are told apart by positions that restart at 0, which every attention
+implementation of transformers understands where no mask and no cache is given. A tree of prompts and responses cannot
+be told by positions: it needs its mask, or the attention of `adajudge.backbone_attention`, which takes the layout.
 """
 
 from __future__ import annotations
@@ -14,11 +14,44 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from adajudge_kernels import SequenceLayout
+from adajudge import backbone_attention
+from adajudge_kernels import SequenceLayout, TokenRole
 
 _TREE_IMPLEMENTATIONS = ("eager", "sdpa")
-_PACKED_IMPLEMENTATIONS = (*_TREE_IMPLEMENTATIONS, "flex_attention")
+_PACKED_IMPLEMENTATIONS = (*_TREE_IMPLEMENTATIONS, "flex_attention", backbone_attention.NAME)
 _FULL, _WINDOWED = "full_attention", "sliding_attention"
+
+
+def reads_no_padding(config: PreTrainedConfig) -> bool:
+    """Whether the backbone's attention serves rows without padding only."""
+    return config.get_text_config(decoder=True)._attn_implementation == backbone_attention.NAME
+
+
+def attention_arguments(backbone: PreTrainedModel, layout: SequenceLayout) -> dict[str, Any]:
+    """What the backbone's forward is given so that every token sees its own sequence, and nothing else.
+
+    Args:
+        backbone: any transformers decoder, to be called with ``layout.position_ids()`` and without a cache.
+        layout: of the batch.
+
+    Returns:
+        ``attention_mask``, and what the attention implementation takes beside it.
+
+    Raises:
+        ValueError: the backbone, or its attention implementation, cannot serve such a layout.
+    """
+    if layout.padded_shape is not None:
+        real = layout.roles != TokenRole.PADDING
+        return {"attention_mask": real.view(layout.padded_shape).long()}
+    config = backbone.config.get_text_config(decoder=True)
+    check_keeps_apart(backbone, config)
+    if reads_no_padding(config):
+        return {"attention_mask": None, backbone_attention.LAYOUT_ARGUMENT: layout}
+    if layout.shares_prompts:
+        return {"attention_mask": prepared_masks(layout, config, backbone.dtype)}
+    # A mask of ones would let packed sequences leak into each other.
+    lengths = layout.prompt_lengths + layout.response_lengths
+    return {"attention_mask": None} | flash_arguments(config, lengths)
 
 
 def tree_mask(layout: SequenceLayout, window: int | None = None) -> Tensor:
@@ -63,7 +96,7 @@ def prepared_masks(
     if implementation not in _TREE_IMPLEMENTATIONS:
         raise ValueError(
             f"attn_implementation: {implementation!r} cannot serve a prompt-shared layout; expected one of "
-            f"{', '.join(_TREE_IMPLEMENTATIONS)}, or a packed layout"
+            f"{', '.join((*_TREE_IMPLEMENTATIONS, backbone_attention.NAME))}, or a packed layout"
         )
 
     def prepared(window: int | None) -> Tensor:
@@ -109,7 +142,8 @@ def check_keeps_apart(backbone: PreTrainedModel, config: PreTrainedConfig) -> No
     if found:
         raise ValueError(
             f"layout: {config.model_type!r} cannot serve sequences without padding: {'; '.join(found)}. "
-            "Pass a padded batch with attention_mask and response_mask"
+            "Pass a padded batch with attention_mask and response_mask, and an attn_implementation that reads padding "
+            f"(any but {backbone_attention.NAME!r})"
         )
 
 

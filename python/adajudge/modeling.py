@@ -1,6 +1,7 @@
 """The judge: a transformers backbone without its LM head, under an AdaJudge head.
 
-Importing this module registers the judge with `transformers.AutoModelForSequenceClassification`.
+Importing this module registers the judge with `transformers.AutoModelForSequenceClassification`, and the attention
+implementation ``"adajudge"`` with every backbone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import TransformersKwargs, cached_file
 
-from adajudge.attention_masks import check_keeps_apart, flash_arguments, prepared_masks
+from adajudge.attention_masks import reads_no_padding
+from adajudge.backbone_states import token_states, without_padding
 from adajudge.configuration import AdaJudgeConfig
 from adajudge.data import TurnBoundary, response_mask_from_header
 from adajudge_kernels import (
@@ -129,7 +131,8 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
                 backbone without LM head, which is taken as it is and not copied.
             dtype: of the backbone's weights; default as saved.
             options: fields of `AdaJudgeConfig`, e.g. ``num_blocks=2``; the others go to
-                ``AutoModel.from_pretrained``, e.g. ``attn_implementation="sdpa"`` or ``device_map``.
+                ``AutoModel.from_pretrained``, e.g. ``attn_implementation="adajudge"`` (`adajudge.backbone_attention`: prompts
+                that candidates share are computed once, padding never) or ``device_map``.
 
         Raises:
             ValueError: the weights are incomplete, what is there is already a judge, or an option makes no sense.
@@ -278,7 +281,7 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
             raise ValueError(
                 f"a sequence of {reach} tokens came, but the backbone's positions end at {limit}"
             )
-        states = self._states(batch, layout, options)
+        states = token_states(self.backbone, batch, layout, options)
         if layout.device != states.device:  # a backbone over several devices
             layout = layout.to(states.device)
         out = self.head(states, layout)
@@ -335,10 +338,9 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
         batch = {
             "input_ids": input_ids,
             "inputs_embeds": inputs_embeds,
-            "attention_mask": real.long(),
             "position_ids": torch.where(real, position_ids, 0),
         }
-        return batch, layout
+        return without_padding(batch, layout) if reads_no_padding(self.config) else (batch, layout)
 
     def _backbone_options(self) -> set[str]:
         """What the backbone's forward knows by name; anything else it would swallow."""
@@ -377,59 +379,12 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
                 f"{name}: tokens of shape {tuple(tokens)} came, expected [1, {layout.num_tokens}] or "
                 f"[{layout.num_tokens}] for this layout"
             )
-        config = self.backbone.config.get_text_config(decoder=True)
-        check_keeps_apart(self.backbone, config)
         layout = layout if layout.device == given.device else layout.to(given.device)
-        # Packed: positions that start again at 0 and no mask at all; a mask of ones would let sequences leak
-        # into each other.
-        mask = prepared_masks(layout, config, self.backbone.dtype) if layout.shares_prompts else None
         batch = {
             name: given if len(tokens) == 2 else given.unsqueeze(0),
-            "attention_mask": mask,
             "position_ids": layout.position_ids().unsqueeze(0),
         }
         return batch, layout
-
-    def _states(self, batch: dict[str, Any], layout: SequenceLayout, options: dict[str, Any]) -> Tensor:
-        """Token states ``[T, d]`` of the backbone.
-
-        Backbones of the LongRoPE kind (Phi-3.5) turn their positions differently once the longest sequence of
-        the batch exceeds the length they were first trained on. Short and long sequences are therefore read
-        apart, or a short one's reward would depend on its neighbours.
-        """
-        if layout.num_tokens == 0:  # no backbone takes an empty batch
-            return torch.zeros(0, self.config.hidden_size, dtype=self.backbone.dtype, device=layout.device)
-        lengths = layout.prompt_lengths + layout.response_lengths
-        rope = getattr(self.config.get_text_config(decoder=True), "rope_parameters", None) or {}
-        if rope.get("rope_type") != "longrope":
-            return self._read(batch, layout, lengths, options)
-        long = lengths > rope["original_max_position_embeddings"]
-        if not bool(long.any()) or bool(long.all()):
-            return self._read(batch, layout, lengths, options)
-        if layout.shares_prompts:
-            raise ValueError(
-                f"layout: sequences on both sides of {rope['original_max_position_embeddings']} tokens share "
-                "prompts, which this backbone reads differently; pass them as two batches"
-            )
-        axis = 1 if layout.padded_shape is None else 0
-        chosen = torch.repeat_interleave(long, lengths) if layout.padded_shape is None else long
-        parts, places = [], []
-        for side, of_side in ((~chosen, ~long), (chosen, long)):
-            place = side.nonzero().squeeze(1)
-            part = {name: None if x is None else x.index_select(axis, place) for name, x in batch.items()}
-            states = self._read(part, layout, lengths[of_side], options)
-            parts.append(states if layout.padded_shape is None else states.unflatten(0, (len(place), -1)))
-            places.append(place)
-        return torch.cat(parts)[torch.cat(places).argsort()].flatten(0, -2)
-
-    def _read(
-        self, batch: dict[str, Any], layout: SequenceLayout, lengths: Tensor, options: dict[str, Any]
-    ) -> Tensor:
-        """One call of the backbone, ``[T, d]``. With a cache, packed sequences would see each other: none."""
-        packed = layout.padded_shape is None and not layout.shares_prompts
-        if packed:
-            options = options | flash_arguments(self.backbone.config.get_text_config(decoder=True), lengths)
-        return self.backbone(**batch, use_cache=False, **options).last_hidden_state.flatten(0, 1)
 
 
 @contextmanager

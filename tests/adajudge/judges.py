@@ -28,13 +28,25 @@ BACKBONES = {
     "mistral": lambda: MistralConfig(**_SMALL, sliding_window=7),
 }
 BATCH = Batch((5, 0, 9), ((4, 1), (6,), (8, 3)))
+LONGEST = 17
+# The attention "adajudge" refuses windows that matter.
+SERVED = [(family, attention) for family in BACKBONES for attention in ("sdpa", "eager")]
+SERVED += [(family, "adajudge") for family in BACKBONES if family not in ("gemma3", "mistral")]
 
 
-def random_judge(family="qwen3", attn_implementation="sdpa", **options):
+def wide_backbone(family):
+    """The family's configuration, with windows of which BATCH notices nothing."""
+    config = BACKBONES[family]()
+    if getattr(config, "sliding_window", None):
+        config.sliding_window = LONGEST
+    return config
+
+
+def random_judge(family="qwen3", attn_implementation="sdpa", backbone=None, **options):
     """A judge whose zero-initialised head weights are random too, so that every path matters."""
     torch.manual_seed(0)
     sizes = {"num_blocks": 2, "expert_hidden_size": 8, "router_hidden_size": 8} | options
-    config = AdaJudgeConfig(backbone_config=BACKBONES[family](), **sizes)
+    config = AdaJudgeConfig(backbone_config=backbone or BACKBONES[family](), **sizes)
     config._attn_implementation = attn_implementation
     model = AdaJudgeForSequenceClassification(config).eval()
     for parameter in model.head.parameters():

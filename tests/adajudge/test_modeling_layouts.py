@@ -7,6 +7,7 @@ from adajudge.attention_masks import tree_mask
 from tests.adajudge.judges import (
     BACKBONES,
     BATCH,
+    SERVED,
     flat_inputs,
     inputs,
     one_by_one,
@@ -20,9 +21,8 @@ families = pytest.mark.parametrize("family", BACKBONES)
 TOLERANCE = 1e-5
 
 
-@families
 @pytest.mark.parametrize("kind", LAYOUTS)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("family", "attention"), SERVED)
 def test_every_layout_scores_like_one_by_one(family, kind, attention):
     model, ids = random_judge(family, attention), token_ids()
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_what_stands_in_padding_does_not_matter(kind):
         assert torch.allclose(model(**batch).logits, model(**other).logits, atol=1e-6)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "adajudge"])
 def test_left_padding_gives_finite_gradients(attention):
     model = random_judge(attn_implementation=attention)
     model(**padded_inputs(token_ids(), "padded_left")).logits.sum().backward()

@@ -25,6 +25,7 @@ from adajudge_kernels import SequenceLayout
 from tests.adajudge.judges import (
     BACKBONES,
     BATCH,
+    SERVED,
     flat_inputs,
     inputs,
     one_by_one,
@@ -62,9 +63,8 @@ def same_weights(left, right):
 # Padding
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["padded_left", "padded_right"])
-@pytest.mark.parametrize("family", BACKBONES)
+@pytest.mark.parametrize(("family", "attention"), SERVED)
 def test_nan_in_padding_reaches_no_reward_and_no_gradient(family, kind, attention):
     model = random_judge(family, attention)
     batch = padded_inputs(token_ids(), kind)
@@ -81,8 +81,9 @@ def test_nan_in_padding_reaches_no_reward_and_no_gradient(family, kind, attentio
     assert results[0][0].isfinite().all()
 
 
-def test_the_pad_tokens_embedding_is_never_read():
-    model, ids = random_judge(), token_ids()
+@pytest.mark.parametrize("attention", ["sdpa", "adajudge"])
+def test_the_pad_tokens_embedding_is_never_read(attention):
+    model, ids = random_judge(attn_implementation=attention), token_ids()
     batch = padded_inputs(ids, "padded_left")
     expected = model(**batch).logits
     with torch.no_grad():
@@ -92,8 +93,9 @@ def test_the_pad_tokens_embedding_is_never_read():
     assert torch.equal(model(**batch | {"input_ids": outside}).logits, expected)
 
 
-def test_given_positions_are_taken_and_those_of_padding_are_not():
-    model = random_judge()
+@pytest.mark.parametrize("attention", ["sdpa", "adajudge"])
+def test_given_positions_are_taken_and_those_of_padding_are_not(attention):
+    model = random_judge(attn_implementation=attention)
     batch = padded_inputs(token_ids(), "padded_left")
     real = batch["attention_mask"]
     counted = (real.cumsum(1) - 1).masked_fill(real == 0, 1000)
@@ -109,7 +111,7 @@ def test_given_positions_are_taken_and_those_of_padding_are_not():
 # Sequences that share a row
 
 
-def longrope_judge():
+def longrope_judge(attention="sdpa"):
     rope = {
         "rope_type": "longrope",
         "short_factor": [1.0] * 4,
@@ -121,19 +123,23 @@ def longrope_judge():
         **SIZES, max_position_embeddings=64, original_max_position_embeddings=10, rope_parameters=rope
     )
     torch.manual_seed(0)
-    model = Judge(AdaJudgeConfig(backbone_config=backbone, **SMALL_HEAD)).eval()
+    config = AdaJudgeConfig(backbone_config=backbone, **SMALL_HEAD)
+    config._attn_implementation = attention
+    model = Judge(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "adajudge"])
 @pytest.mark.parametrize("kind", ["packed", "padded_left", "padded_right"])
-def test_longrope_rewards_do_not_depend_on_longer_neighbours(kind):
+def test_longrope_rewards_do_not_depend_on_longer_neighbours(kind, attention):
     """Sequences of 9, 6, 6, 17 and 12 tokens, on both sides of the 10 at which the rotation changes."""
-    model, ids = longrope_judge(), token_ids()
+    model, ids = longrope_judge(attention), token_ids()
     with torch.no_grad():
         alone = one_by_one(model, ids)
         assert torch.allclose(model(**inputs(ids, kind)).logits[:, 0], alone, atol=1e-5, rtol=0)
+        model.set_attn_implementation("sdpa")
         layout, source = BATCH.lay_out("packed")
         states = model.backbone(
             ids[source][None], position_ids=layout.position_ids()[None], use_cache=False
@@ -177,7 +183,7 @@ def test_flash_attention_is_told_where_packed_sequences_lie(monkeypatch):
     model.backbone.config._attn_implementation_internal = "flash_attention_2"
     monkeypatch.setattr(model.backbone, "forward", backbone)
     # The check reads the signature of forward, which the stand-in lacks.
-    monkeypatch.setattr("adajudge.modeling.check_keeps_apart", lambda *_: None)
+    monkeypatch.setattr("adajudge.attention_masks.check_keeps_apart", lambda *_: None)
     model(input_ids=token_ids()[source], layout=layout)
     lengths = [len(sequence.rows) for sequence in BATCH.sequences]
     assert seen["cu_seq_lens_k"].tolist() == [0, *itertools.accumulate(lengths)]

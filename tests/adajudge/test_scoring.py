@@ -67,6 +67,18 @@ def test_scores_depend_on_no_batch(judge, tokenizer, alone, budget, window):
     assert torch.allclose(torch.tensor(together), torch.tensor(alone), atol=1e-5)
 
 
+@pytest.mark.parametrize("attention", ["eager", "adajudge"])
+def test_scores_depend_on_no_attention_implementation(judge, tokenizer, alone, attention):
+    before = judge.backbone.config._attn_implementation
+    judge.set_attn_implementation(attention)
+    together = [
+        score.reward for result in Scorer(judge, tokenizer).score(rows(12)) for score in result.scores
+    ]
+    judge.set_attn_implementation(before)
+    assert before == "sdpa"
+    assert torch.allclose(torch.tensor(together), torch.tensor(alone), atol=1e-5)
+
+
 def test_scores_are_the_models_own(judge, tokenizer):
     score = Scorer(judge, tokenizer).score_response("tell me", "the cat sat")
     encoded = Scorer(judge, tokenizer).encoder.encode((Message("user", "tell me"),), "the cat sat")

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(group, "chat_template_path", "Jinja file in place of the tokenizer's chat template", str)
     _add(group, "dtype", "of the loaded weights; default: float32 where the backbone is trained, else as saved",
          str, choices=("auto", "float32", "bfloat16", "float16"))  # fmt: skip
-    _add(group, "attn_implementation", "eager, sdpa, flash_attention_2 ..", str)
+    _add(group, "attn_implementation", "eager, sdpa, adajudge, flash_attention_2 ..", str)
 
     group = parser.add_argument_group("head and loss")
     _add(group, "num_blocks", "refinement blocks of a new head, 1 to 8; default 3", _number(int, 1, 8))

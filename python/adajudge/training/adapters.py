@@ -94,7 +94,7 @@ def load_judge(
     Args:
         path: folder or hub name.
         dtype: of the weights; default as saved.
-        attn_implementation: eager, sdpa, flash_attention_2, ...
+        attn_implementation: eager, sdpa, adajudge, flash_attention_2, ...
         head: fields of `AdaJudgeConfig` for the new head of a bare backbone. A judge has its head already: fields
             that differ from it are refused.
 
