@@ -119,18 +119,81 @@ class RefinementBlock(nn.Module):
         for norm in (self.attention_norm, self.mlp_norm):
             nn.init.ones_(norm)
 
-    def forward(self, hidden: Tensor, layout: SequenceLayout) -> Tensor:
-        """``[T, d] -> [T, d]``; rows of padding come out as zero."""
+    def forward(
+        self,
+        hidden: Tensor,
+        layout: SequenceLayout,
+        refined: str = "all",
+        update: Tensor | None = None,
+        settled: bool = True,
+    ) -> Tensor | Unsettled:
+        """``[T, d] -> [T, d]``; rows of padding come out as zero.
+
+        In a chain of blocks, a block's last addition is done by the next block's first norm, on the way: each but the
+        last is called with ``settled=False``, and what it returns is the next one's `hidden` and `update`.
+
+        Args:
+            hidden: H_{k-1}, or what `update` is to be added to.
+            layout: where the tokens of each sequence lie.
+            refined: ``"all"`` tokens, or only the ``"response"``: its states are the same, the others come out as they
+                went in, and no query and no MLP is computed for them.
+            update: the addition that the block before has left, ``[T, d]``.
+            settled: whether to return H_k, or `Unsettled`.
+        """
         check_layout(layout)
         check_states("hidden", hidden, layout)
         check_like("hidden", hidden, (layout.num_tokens, self.qkv.in_features), hidden, "hidden")
-        if layout.has_padding:
-            hidden = torch.where((layout.roles != TokenRole.PADDING)[:, None], hidden, 0)
-        _, normed = residual_rms_norm(hidden, None, self.attention_norm, self.eps)
-        projected = _product(normed, self.qkv).unflatten(-1, (3, self.num_heads, -1))
-        attended = sequence_attention([projected], layout, self.causal).flatten(1)
-        hidden, normed = residual_rms_norm(hidden, _product(attended, self.output), self.mlp_norm, self.eps)
-        return hidden + _product(swiglu(_product(normed, self.gate_up)), self.down)
+        check_choice("refined", refined, ("all", "response"))
+        if update is None:
+            hidden = _without_padding_values(hidden, layout)
+        result = self._advance(hidden, update, layout, refined)
+        return result.settled(layout) if settled else result
+
+    def _advance(
+        self, stream: Tensor, update: Tensor | None, layout: SequenceLayout, refined: str
+    ) -> Unsettled:
+        entered, normed = residual_rms_norm(stream, update, self.attention_norm, self.eps)
+        weight, size = self.qkv.weight.to(normed.dtype), self.qkv.in_features // self.num_heads
+        if refined == "all":
+            rows, projections = entered, [F.linear(normed, weight)]
+        else:
+            chosen = _response_tokens(layout)
+            rows, own = (x.index_select(0, chosen) for x in (entered, normed))
+            to_query, to_key_value = weight.tensor_split([self.qkv.in_features])
+            projections = [F.linear(own, to_query), F.linear(normed, to_key_value)]
+        heads = [x.to(normed.dtype).unflatten(-1, (-1, self.num_heads, size)).squeeze(1) for x in projections]
+        attended = sequence_attention(heads, layout, self.causal, queries=refined).flatten(1)
+        stream, normed = residual_rms_norm(rows, _product(attended, self.output), self.mlp_norm, self.eps)
+        update = _product(swiglu(_product(normed, self.gate_up)), self.down)
+        return Unsettled(entered, stream, update, refined)
+
+
+class Unsettled(NamedTuple):
+    """A block's result before its last addition: ``H_k = stream + update``."""
+
+    entered: Tensor  # H_{k-1} [T, d]
+    stream: Tensor  # of the refined tokens
+    update: Tensor  # of the refined tokens
+    refined: str  # "all" or "response"
+
+    def settled(self, layout: SequenceLayout) -> Tensor:
+        """``H_k``; the rows of tokens that were not refined are those of H_{k-1}."""
+        if self.refined == "all":
+            return self.stream + self.update
+        return self.entered.index_copy(0, _response_tokens(layout), self.stream + self.update)
+
+
+def _response_tokens(layout: SequenceLayout) -> Tensor:
+    """int64 indices of the response tokens, in their order."""
+    assert layout.response_attention is not None  # as check_layout says
+    return layout.response_attention.rows
+
+
+def _without_padding_values(hidden: Tensor, layout: SequenceLayout) -> Tensor:
+    """Zero where there is padding: what lies there must not meet a weight's gradient."""
+    if not layout.has_padding:
+        return hidden
+    return torch.where((layout.roles != TokenRole.PADDING)[:, None], hidden, 0)
 
 
 def _product(x: Tensor, layer: nn.Linear) -> Tensor:
@@ -158,19 +221,35 @@ class DepthGatedRefinement(nn.Module):
         )
         self.gradient_checkpointing = False
 
-    def forward(self, hidden: Tensor, layout: SequenceLayout) -> tuple[list[Tensor], Tensor, Tensor]:
+    def forward(
+        self, hidden: Tensor, layout: SequenceLayout, read: str = "all"
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
         """``hidden [T, d]`` -> states ``H_1..H_K``, depth weights ``[B, K]``, prompt mean ``[B, d]``.
 
         The weighted sum of the states is left to `MultiViewPooling`, which never writes it.
+
+        Args:
+            hidden: H0.
+            layout: where the tokens of each sequence lie.
+            read: which tokens of the states are read afterwards, ``"all"`` or the ``"response"``. The last block
+                refines no others; the rows of H_K that are not read hold H_{K-1}.
         """
+        check_layout(layout)
+        check_choice("read", read, ("all", "response"))
         depth_weights, prompt_mean = self.gate(hidden, layout)
+        last = len(self.blocks) - 1
         states: list[Tensor] = []
-        for block in self.blocks:
-            if self.gradient_checkpointing and self.training:
-                hidden = checkpoint(block, hidden, layout, use_reentrant=False)
-            else:
-                hidden = block(hidden, layout)
-            states.append(hidden)
+        update: Tensor | None = None
+        for k, block in enumerate(self.blocks):
+            refined = read if k == last else "all"
+            if self.gradient_checkpointing and self.training:  # of a block only its input is kept
+                hidden = checkpoint(block, hidden, layout, refined, use_reentrant=False)
+                states.append(hidden)
+                continue
+            result = block(hidden, layout, refined, update, settled=False)
+            entered, hidden, update, _ = result
+            states += [entered] if k else []
+            states += [result.settled(layout)] if k == last else []
         return states, depth_weights, prompt_mean
 
 
@@ -305,7 +384,7 @@ class AdaJudgeHead(nn.Module):
         kept, layout = layout.without_padding()
         if kept is not None:
             hidden = hidden[kept]
-        states, depth_weights, prompt_mean = self.refinement(hidden, layout)
+        states, depth_weights, prompt_mean = self.refinement(hidden, layout, self.pooling.attention_tokens)
         views = self.pooling(states, depth_weights, layout)
         reward, view_scores, view_weights = self.experts(views, prompt_mean)
         return JudgeOutput(reward, view_scores, view_weights, depth_weights)

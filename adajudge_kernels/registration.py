@@ -30,6 +30,11 @@ def fresh(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
+def or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:
+    """A gradient, or zeros where none came: for outputs that nobody used."""
+    return torch.zeros_like(like) if grad is None else grad
+
+
 class Operation:
     """An operation that can be called in two ways, with the same body and the same autograd.
 
@@ -48,8 +53,15 @@ class Operation:
         self, gradients: Callable[..., Any], *, setup_context: Callable[..., None] | None = None
     ) -> None:
         """As ``torch.library.register_autograd``; a list of tensors gets a list of gradients."""
-        self._definition.register_autograd(gradients, setup_context=setup_context)
-        self._gradients, self._context = gradients, setup_context
+        arguments = len(self._opaque._schema.arguments)
+
+        def gradients_if_any(ctx: Any, *grads: Tensor | None) -> Any:
+            if grads and all(grad is None for grad in grads):  # nobody used any output
+                return (None,) * arguments
+            return gradients(ctx, *grads)
+
+        self._definition.register_autograd(gradients_if_any, setup_context=setup_context)
+        self._gradients, self._context = gradients_if_any, setup_context
 
     def __call__(self, *args: Any) -> Any:
         """Run on the arguments of the body, in its order.
@@ -107,7 +119,7 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         gradients = ctx.operation._gradients(ctx, *grads)
-        found = [gradients[i] if k is None else gradients[i][k] for i, k in ctx.places]
+        found = [x if k is None or x is None else x[k] for x, k in ((gradients[i], k) for i, k in ctx.places)]
         return None, None, None, *found
 
 

@@ -18,7 +18,7 @@ from adajudge_kernels.arguments import (
     check_states,
 )
 from adajudge_kernels.layout import LayoutTables, SequenceLayout
-from adajudge_kernels.registration import arithmetic_dtype, fresh, operator
+from adajudge_kernels.registration import arithmetic_dtype, fresh, operator, or_zeros
 
 __all__ = ["PooledViews", "attention_pool", "depth_gate", "masked_mean_pool", "multi_view_pool"]
 
@@ -38,6 +38,12 @@ def _kernels(backend: str) -> Any:
 def _tables(layout: SequenceLayout) -> Any:
     """The layout's tables; a tuple, which is how an `Operation` knows that they take no part in autograd."""
     return layout.tables
+
+
+def _without_gradient(ctx: Any, kept: Tensor) -> None:
+    """An output that only the backward reads; no zeros are made up for it, nor for outputs that nobody used."""
+    ctx.mark_non_differentiable(kept)
+    ctx.set_materialize_grads(False)
 
 
 # For the tables: autograd wants one entry per tensor of a list.
@@ -138,13 +144,18 @@ def _depth_gate_backward(
 def _depth_gate_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, *ctx.call = inputs
     alpha, _, context = output
+    _without_gradient(ctx, context)
     ctx.hidden_dtype = hidden.dtype
     ctx.save_for_backward(alpha, context, weight, bias)
 
 
-def _depth_gate_gradients(ctx: Any, grad_alpha: Tensor, grad_prompt: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _depth_gate_gradients(
+    ctx: Any, grad_alpha: Tensor | None, grad_prompt: Tensor | None, _: None
+) -> tuple[Any, ...]:
+    alpha, context, weight, bias = ctx.saved_tensors
+    grads = or_zeros(grad_alpha, alpha), or_zeros(grad_prompt, context)
     dhidden, dweight, dbias = _depth_gate_backward(
-        grad_alpha, grad_prompt, *ctx.saved_tensors, ctx.hidden_dtype, *ctx.call
+        *grads, alpha, context, weight, bias, ctx.hidden_dtype, *ctx.call
     )
     return dhidden, dweight, dbias, _NO_GRADIENT, None, None
 
@@ -283,13 +294,21 @@ def _multi_view_pool_backward(
 def _multi_view_pool_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     states, alpha, weight, bias, *ctx.call = inputs
     _, _, attention, log_sum_exp = output
+    _without_gradient(ctx, log_sum_exp)
     ctx.save_for_backward(*states, alpha, weight, bias, attention, log_sum_exp)
 
 
-def _multi_view_pool_gradients(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+def _multi_view_pool_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     *states, alpha, weight, bias, attention, log_sum_exp = ctx.saved_tensors
     *dstates, dalpha, dweight, dbias = _multi_view_pool_backward(
-        list(grads[:3]), states, alpha, weight, bias, attention, log_sum_exp, *ctx.call
+        [or_zeros(grad, attention) for grad in grads[:3]],
+        states,
+        alpha,
+        weight,
+        bias,
+        attention,
+        log_sum_exp,
+        *ctx.call,
     )
     return dstates, dalpha, dweight, dbias, _NO_GRADIENT, None, None, None
 
@@ -446,10 +465,11 @@ def _attention_pool_backward(
 
 def _attention_pool_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     hidden, weight, bias, *ctx.call = inputs
+    _without_gradient(ctx, output[1])
     ctx.save_for_backward(hidden, weight, bias, *output)
 
 
-def _attention_pool_gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _attention_pool_gradients(ctx: Any, grad: Tensor, _: None) -> tuple[Any, ...]:
     dhidden, dweight, dbias = _attention_pool_backward(grad, *ctx.saved_tensors, *ctx.call)
     return dhidden, dweight, dbias, _NO_GRADIENT, None, None, None
 

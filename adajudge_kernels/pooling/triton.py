@@ -210,17 +210,18 @@ def _views_forward(
             LOGITS_GIVEN=wide,
             **_constants(plan, acc),
         )
-        if all_views:
-            _combine_sums((None, sums), tables, response=mean)
         block = narrow_block(d)
-        kernels.combine_attention[(batch, parts(d, block))](
+        kernels.combine_views[(batch, parts(d, block))](
             weighted,
             tops,
             totals,
+            sums,
             tables.sequences,
             attention,
             log_sum_exp,
+            mean,
             D=d,
+            RESPONSE_MEAN=all_views,
             CHUNK=CHUNK_TOKENS,
             ROWS=COMBINED_CHUNKS,
             BLOCK=block,

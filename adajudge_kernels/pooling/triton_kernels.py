@@ -191,25 +191,30 @@ def combine_sums(
 
 
 @triton.jit
-def combine_attention(
+def combine_views(
     weighted_sums,
     tops,
     totals,
+    response_sums,
     sequences,
     pooled,
     log_sum_exp,
+    response_mean,
     D: tl.constexpr,
+    RESPONSE_MEAN: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The attention view of a sequence from its chunks' parts. Grid (B, blocks of D)."""
+    """The attention view of a sequence from its chunks' parts, and the mean over its response. Grid (B, blocks of D)."""
     b = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < D
     first = tl.load(sequences + b * 8 + 7).to(tl.int64)
-    count = (tl.load(sequences + b * 8 + 5) + tl.load(sequences + b * 8 + 6) + CHUNK - 1) // CHUNK
+    responses = tl.load(sequences + b * 8 + 6)
+    count = (tl.load(sequences + b * 8 + 5) + responses + CHUNK - 1) // CHUNK
+    response = tl.zeros((BLOCK,), ACC)
     top = tl.full((), float("-inf"), ACC)
     total = tl.zeros((), ACC)
     weighted = tl.zeros((BLOCK,), ACC)
@@ -226,6 +231,11 @@ def combine_attention(
         weighted = weighted * rescale + tl.sum(tile * scale[:, None], axis=0)
         total = total * rescale + tl.sum(tl.load(totals + first + chunk, mask=own, other=0.0) * scale)
         top = new_top
+        if RESPONSE_MEAN:
+            tile = tl.load(response_sums + rows, mask=own[:, None] & inside[None, :], other=0.0)
+            response += tl.sum(tile, axis=0)
+    if RESPONSE_MEAN:
+        tl.store(response_mean + b * D + columns, response / responses.to(ACC), mask=inside)
     tl.store(pooled + b * D + columns, weighted / total, mask=inside)
     if tl.program_id(1) == 0:
         tl.store(log_sum_exp + b, top + tl.log(total))

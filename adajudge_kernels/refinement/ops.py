@@ -312,10 +312,12 @@ def _sequence_attention_backward(
 
 def _sequence_attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     projections, *ctx.call = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output, *projections)
 
 
-def _sequence_attention_gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _sequence_attention_gradients(ctx: Any, grad: Tensor, _: None) -> tuple[Any, ...]:
     out, log_sum_exp, *projections = ctx.saved_tensors
     gradients = _sequence_attention_backward(grad, out, log_sum_exp, projections, *ctx.call)
     return gradients, [None] * len(AttentionTables._fields), None, None, None, None

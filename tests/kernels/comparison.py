@@ -13,7 +13,7 @@ ABSOLUTE = 1e-6
 # autograd, outside the operation; plain PyTorch, which reads it once, rounds once. Triton's interpreter stores bf16 by
 # cutting bits off: a whole step, not half of one, for any gradient.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-STORED = {torch.bfloat16: 2**-8} if INTERPRETED else {}
+STORED = {torch.bfloat16: 2**-7} if INTERPRETED else {}
 ROUNDING = {torch.float16: 2**-11, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8}
 
 

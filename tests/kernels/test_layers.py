@@ -181,3 +181,32 @@ def test_a_head_learns_to_prefer_as_it_does_on_the_reference(device):
     with ak.use_backend("reference"):
         expected = losses_of_training(device, 20)
     assert losses == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_the_last_block_may_leave_out_what_no_view_reads(device):
+    """With an attention view over the response, refining its tokens only gives what refining all gives."""
+    head = random_head(num_blocks=2, attention_tokens="response").to(device)
+    for kind in LAYOUTS:
+        layout, source = RAGGED.lay_out(kind, device)
+        results = []
+        for read in ("all", "response"):
+            torch.manual_seed(0)
+            hidden = place(torch.randn(RAGGED.num_tokens, 24, device=device), source)
+            hidden = hidden.nan_to_num().detach().requires_grad_()
+            head.zero_grad()
+            states, alpha, prompt = head.refinement(hidden, layout, read)
+            reward = head.experts(head.pooling(states, alpha, layout), prompt).reward
+            (reward * torch.arange(6.0, device=device)).sum().backward()
+            gradients = [p.grad.clone() for p in head.parameters()]
+            results.append([reward.detach(), hidden.grad, *gradients])
+        for full, pruned in zip(*results, strict=True):
+            assert torch.allclose(pruned, full, atol=1e-5 * max(1.0, float(full.abs().max())))
+
+
+def test_the_last_block_computes_no_query_and_no_mlp_for_prompts(device):
+    layout, _ = Batch((50,), ((3, 4),)).lay_out("shared", device)
+    block = ak.RefinementBlock(24).to(device)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        block(torch.randn(57, 24, device=device), layout, "response")
+    products = [e.input_shapes[0][0] for e in profile.events() if e.name == "aten::mm"]
+    assert sorted(products) == [7, 7, 7, 7, 57]  # query, output, gate and up, down; key and value

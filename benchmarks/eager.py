@@ -1,0 +1,71 @@
+"""The head as people write it in plain PyTorch: padded ``[B, L, d]`` states, masks, one operation after the other.
+
+It takes an `AdaJudgeHead`'s weights and gives its rewards (a test compares them), so that the two sides of a benchmark do the
+same work.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def eager_head(head, hidden, attention_mask, response_mask):
+    """Rewards ``[B]`` of right-padded states ``[B, L, d]``; masks ``[B, L]`` of ones and zeros."""
+    real, response = attention_mask.bool(), (response_mask * attention_mask).bool()
+    prompt = real & ~response
+    context = masked_mean(hidden, real)
+    depth_weights = torch.softmax(F.linear(context, *gate_weights(head)), dim=1)
+    prompt_mean = masked_mean(hidden, prompt)
+    states = []
+    for block in head.refinement.blocks:
+        hidden = eager_block(block, hidden, real)
+        states.append(hidden)
+    refined = (depth_weights[:, :, None, None] * torch.stack(states, dim=1).float()).sum(dim=1)
+    last = torch.where(response, torch.arange(response.shape[1], device=response.device), -1).amax(dim=1)
+    attended = response if head.pooling.attention_tokens == "response" else real
+    logits = refined @ head.pooling.attention_weight + head.pooling.attention_bias
+    beta = torch.softmax(logits.masked_fill(~attended, float("-inf")), dim=1)
+    views = [
+        refined[torch.arange(len(last), device=last.device), last],
+        masked_mean(refined, response),
+        (beta[:, :, None] * refined).sum(dim=1),
+    ]
+    return eager_experts(head.experts, views, prompt_mean)
+
+
+def gate_weights(head):
+    return head.refinement.gate.weight, head.refinement.gate.bias
+
+
+def masked_mean(hidden, mask):
+    total = (hidden.float() * mask[:, :, None]).sum(dim=1)
+    return total / mask.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def eager_block(block, hidden, real):
+    batch, length, d = hidden.shape
+    normed = F.rms_norm(hidden, (d,), block.attention_norm, block.eps)
+    qkv = F.linear(normed, block.qkv.weight).view(batch, length, 3, block.num_heads, -1)
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)
+    causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
+    mask = causal & real[:, None, None, :]
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    hidden = hidden + F.linear(mixed.transpose(1, 2).reshape(batch, length, d), block.output.weight)
+    normed = F.rms_norm(hidden, (d,), block.mlp_norm, block.eps)
+    gate, up = F.linear(normed, block.gate_up.weight).chunk(2, dim=-1)
+    return hidden + F.linear(F.silu(gate) * up, block.down.weight)
+
+
+def eager_experts(experts, views, prompt_mean):
+    scores = [
+        F.linear(
+            F.silu(F.linear(view, experts.view_in_weight[v], experts.view_in_bias[v])),
+            experts.view_out_weight[v : v + 1],
+            experts.view_out_bias[v : v + 1],
+        )
+        for v, view in enumerate(views)
+    ]
+    router = F.silu(
+        F.linear(torch.cat([*views, prompt_mean], dim=1), experts.router_in_weight, experts.router_in_bias)
+    )
+    weights = torch.softmax(F.linear(router, experts.router_out_weight, experts.router_out_bias), dim=1)
+    return (weights * torch.cat(scores, dim=1)).sum(dim=1)
