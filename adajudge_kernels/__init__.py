@@ -21,6 +21,7 @@ from adajudge_kernels.pooling.ops import (
     masked_mean_pool,
     multi_view_pool,
 )
+from adajudge_kernels.refinement.libraries import use_attention
 
 __all__ = [
     "AdaJudgeHead",
@@ -43,5 +44,6 @@ __all__ = [
     "gated_expert_combination",
     "masked_mean_pool",
     "multi_view_pool",
+    "use_attention",
     "use_backend",
 ]

@@ -18,6 +18,7 @@ from adajudge_kernels.backends import (
     choose_backend,
     unavailable_reason,
 )
+from adajudge_kernels.refinement import libraries
 
 _PACKAGES = ("triton", "transformers", "safetensors", "peft", "accelerate", "flash-attn")
 
@@ -29,6 +30,7 @@ def report() -> list[tuple[str, list[tuple[str, str]]]]:
         ("devices", _devices()),
         ("backends", [(name, unavailable_reason(name) or "available") for name in BACKENDS]),
         ("choice", _choices()),
+        ("attention inside packed sequences", _attention()),
     ]
 
 
@@ -67,6 +69,21 @@ def _choices() -> list[tuple[str, str]]:
             except ValueError as error:
                 lines.append((f"{family} on {device}", f"calls raise: {error}"))
     return lines
+
+
+def _attention() -> list[tuple[str, str]]:
+    """Whose attention there is; a library serves packed sequences on a GPU where it is forced, or was measured to be faster."""
+    names = (libraries.OWN, *libraries.LIBRARIES)
+    lines = [(name, libraries.unavailable_reason(name) or "available") for name in names]
+    named = os.environ.get(libraries.ENVIRONMENT_VARIABLE)
+    lines.append((libraries.ENVIRONMENT_VARIABLE, named or "not set"))
+    if named:
+        reason = libraries.unavailable_reason(named)
+        lines.append(("chosen", named if reason is None else f"calls raise: {reason}"))
+        return lines
+    measured = libraries.measured_attention()
+    chosen = ", ".join(f"{what}: {name}" for what, name in measured.items()) or "nothing measured"
+    return [*lines, ("chosen", f"{libraries.OWN} unless measured to be slower ({chosen})")]
 
 
 def main() -> int:

@@ -1,8 +1,8 @@
-"""``python -m adajudge_kernels.tune``: measure the Triton pooling kernels' configurations on this GPU, keep the best.
+"""``python -m adajudge_kernels.tune``: measure on this GPU what serves best, and keep it for later processes.
 
-Each kernel is timed inside the operation that launches it, on a batch of random states, with every candidate of
-`pooling.configurations.candidates`; what beats the default by more than two per cent goes into the measured file, which
-later processes read. Nothing is tuned during training or scoring.
+Each pooling kernel is timed inside the operation that launches it, on a batch of random states, with every candidate of
+`pooling.configurations.candidates`; what beats the default by more than two per cent goes into the measured file. Attention
+is timed, forward and backward, beside that of the libraries that are installed. Nothing is tuned during training or scoring.
 """
 
 from __future__ import annotations
@@ -11,15 +11,20 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from adajudge_kernels.backends import use_backend
+from adajudge_kernels.layers import default_num_heads
 from adajudge_kernels.layout import SequenceLayout
+from adajudge_kernels.measurements import measured_file
 from adajudge_kernels.pooling import configurations
 from adajudge_kernels.pooling.configurations import Tile
 from adajudge_kernels.pooling.ops import depth_gate, masked_mean_pool, multi_view_pool
+from adajudge_kernels.refinement import libraries
+from adajudge_kernels.refinement.ops import sequence_attention
 
 Measure = Callable[[Callable[[], object]], float]
 
@@ -95,17 +100,57 @@ def tune(
 
 def write(found: dict[str, Tile | None]) -> str:
     """Put configurations into the measured file, and take out those that are None; returns its path."""
-    path = configurations.measured_file()
-    assert path is not None
-    path.parent.mkdir(parents=True, exist_ok=True)
     known = {name: tile._asdict() for name, tile in configurations.measured_tiles().items()}
     merged = {name: tile for name, tile in known.items() if name not in found}
     merged |= {name: tile._asdict() for name, tile in found.items() if tile is not None}
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n")
-    partial.replace(path)
+    path = _write_file("tiles", merged)
     configurations.forget()
+    return path
+
+
+def _write_file(kind: str, entries: dict[str, Any]) -> str:
+    path = measured_file(kind)
+    assert path is not None  # a GPU is here
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
+    partial.replace(path)
     return str(path)
+
+
+def tune_attention(
+    heads: int, head_size: int, dtype: torch.dtype, tokens: int, device: torch.device, measure: Measure
+) -> str:
+    """Whose attention is the fastest, forward and backward, on packed sequences of 1024 tokens; prints a line for each.
+
+    A library has to beat our own by more than two per cent.
+    """
+    count = max(1, tokens // 1024)
+    layout = SequenceLayout.packed([512] * count, [512] * count, device)
+    states = torch.randn(layout.num_tokens, 3, heads, head_size, device=device, dtype=dtype).requires_grad_()
+    grad = torch.randn(layout.num_tokens, heads, head_size, device=device, dtype=dtype)
+    times: dict[str, float] = {}
+    for name in (libraries.OWN, *libraries.LIBRARIES):
+        reason = libraries.unavailable_reason(name) or libraries.unserved_reason(
+            name, states[:, 0], layout, "all"
+        )
+        if reason is not None:
+            print(f"attention {name}: {reason}")
+            continue
+        with libraries.use_attention(name):
+            times[name] = measure(
+                lambda: torch.autograd.grad(sequence_attention([states], layout), states, grad)
+            )
+        print(f"attention {name}: {times[name]:.4f} ms")
+    best = min(times, key=lambda name: times[name])
+    return best if times[best] < _WORTH * times[libraries.OWN] else libraries.OWN
+
+
+def write_attention(found: dict[str, str]) -> str:
+    """Put names of the fastest attention, by `libraries.key`, into their file; returns its path."""
+    path = _write_file("attention", libraries.measured_attention() | found)
+    libraries.measured_attention.cache_clear()
+    return path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -137,6 +182,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 found = tune(d, depths, dtype, calls, lambda call: do_bench(call, return_mode="median"))
             kept = sum(tile is not None for tile in found.values())
             print(f"{kept} of {len(found)} beat the default; written to {write(found)}")
+        heads = default_num_heads(d)
+        with use_backend("triton", families=("refinement",)):
+            best = tune_attention(heads, d // heads, dtype, args.tokens, device, do_bench)
+        print(f"{best} is used; written to {write_attention({libraries.key(d // heads, dtype): best})}")
     return 0
 
 

@@ -18,12 +18,12 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from adajudge_kernels.layout import CHUNK_TOKENS
+from adajudge_kernels.measurements import measured_file
 
 logger = logging.getLogger("adajudge_kernels")
 
@@ -43,8 +43,6 @@ WIDEST_PART = 1024
 
 COMBINED_CHUNKS = 16
 """Chunks that a combining program loads at once."""
-
-FOLDER_VARIABLE = "ADAJUDGE_CACHE"
 
 
 class Tile(NamedTuple):
@@ -140,21 +138,10 @@ def key(kernel: str, d: int, depths: int, dtype: torch.dtype) -> str:
     return f"{kernel} d={d} K={depths} {str(dtype).removeprefix('torch.')}"
 
 
-def measured_file() -> Path | None:
-    """Where measured configurations of this process's GPU are kept (all its GPUs are taken to be alike)."""
-    if not torch.cuda.is_available():
-        return None
-    name = re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name(0)).strip("-")
-    folder = os.environ.get(FOLDER_VARIABLE) or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "adajudge_kernels"
-    )
-    return Path(folder) / f"tiles-{name}.json"
-
-
 @functools.cache
 def measured_tiles() -> dict[str, Tile]:
     """The configurations of the measured file; none, and a warning, if it cannot be used."""
-    path = measured_file()
+    path = measured_file("tiles")
     if path is None or not path.is_file():
         return {}
     try:

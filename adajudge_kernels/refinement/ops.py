@@ -11,6 +11,7 @@ from torch import Tensor
 from adajudge_kernels import backends
 from adajudge_kernels.arguments import check_choice, check_float, check_layout, check_like, check_number
 from adajudge_kernels.layout import SequenceLayout
+from adajudge_kernels.refinement.libraries import OWN, attend, choose_attention
 from adajudge_kernels.registration import arithmetic_dtype, fresh, operator
 from adajudge_kernels.tables import AttentionTables
 
@@ -202,6 +203,10 @@ def sequence_attention(
     if scale is None:
         scale = projections[0].shape[-1] ** -0.5
     check_number("scale", scale, 0.0, inclusive=False)
+    query, key, value = _split(projections)
+    chosen = choose_attention(query, layout, queries).backend
+    if chosen != OWN:
+        return attend(chosen, query, key, value, layout, causal, scale)
     padded = layout.kept is not None
     out, _ = _sequence_attention(list(projections), tables, causal, scale, padded, _backend(projections[0]))
     return out

@@ -16,7 +16,8 @@ ROW = (4096, 3, torch.bfloat16)
 def file(tmp_path, monkeypatch):
     """The measured file of a GPU that is not here."""
     path = tmp_path / "tiles-some-gpu.json"
-    monkeypatch.setattr(configurations, "measured_file", lambda: path)
+    for module in (configurations, tune):
+        monkeypatch.setattr(module, "measured_file", lambda kind: path)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     configurations.forget()
     yield path

@@ -1,0 +1,191 @@
+"""Other people's attention, for the layouts that it serves: packed sequences on a GPU, in bf16 or fp16.
+
+The attention of this package serves every layout with the same bits. A library may be faster where nothing is shared; which
+is so differs from GPU to GPU, hence it is measured (``python -m adajudge_kernels.tune``) or forced, never assumed: by
+`use_attention` or the environment variable ``ADAJUDGE_ATTENTION``. A library's bits differ from ours, so with one chosen a
+sequence's score may change in its last bits between a packed and a prompt-shared batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adajudge_kernels.backends import Choice
+from adajudge_kernels.layout import SequenceLayout
+from adajudge_kernels.measurements import measured_file
+
+logger = logging.getLogger("adajudge_kernels")
+
+ENVIRONMENT_VARIABLE = "ADAJUDGE_ATTENTION"
+OWN = "adajudge"
+
+
+class Library(NamedTuple):
+    """A function for packed sequences, and the widest head that it serves."""
+
+    module: str
+    function: str
+    most_features: int
+
+
+LIBRARIES = {
+    "flash-attn-4": Library("flash_attn.cute", "flash_attn_varlen_func", 128),
+    "flash-attn-3": Library("flash_attn_interface", "flash_attn_varlen_func", 256),
+    "flash-attn-2": Library("flash_attn", "flash_attn_varlen_func", 256),
+    "torch-varlen": Library("torch.nn.attention.varlen", "varlen_attn", 256),
+}
+
+_forced: str | None = None
+
+
+@contextmanager
+def use_attention(name: str) -> Iterator[None]:
+    """Force whose attention runs inside sequences in the block, in all threads of the process.
+
+    Args:
+        name: ``"adajudge"``, or a library: ``"flash-attn-4"``, ``"flash-attn-3"``, ``"flash-attn-2"``,
+            ``"torch-varlen"``. A call that it cannot serve raises a ValueError.
+
+    Raises:
+        ValueError: on entry, if it is unknown or not installed.
+    """
+    global _forced
+    reason = unavailable_reason(name)
+    if reason is not None:
+        raise ValueError(f"attention {name!r} cannot be used: {reason}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@functools.cache
+def unavailable_reason(name: str) -> str | None:
+    """Why a library cannot be used in this process, or None if it can."""
+    if name == OWN:
+        return None
+    if name not in LIBRARIES:
+        return f"unknown; expected one of {', '.join((OWN, *LIBRARIES))}"
+    try:
+        _function(name)
+    except (ImportError, AttributeError) as error:
+        return f"not installed, or not for this torch ({type(error).__name__}: {error})"
+    return None
+
+
+@functools.cache
+def _function(name: str) -> Callable[..., Any]:
+    library = LIBRARIES[name]
+    if importlib.util.find_spec(library.module.partition(".")[0]) is None:
+        raise ImportError(f"no module {library.module}")
+    return getattr(importlib.import_module(library.module), library.function)
+
+
+def unserved_reason(name: str, query: Tensor, layout: SequenceLayout, queries: str) -> str | None:
+    """Why a library cannot serve a call, or None if it can."""
+    if name == OWN:
+        return None
+    reasons = {
+        f"it serves cuda tensors, and these are on {query.device.type}": not query.is_cuda,
+        f"it serves bf16 and fp16, not {query.dtype}": query.dtype not in (torch.bfloat16, torch.float16),
+        f"its heads have at most {LIBRARIES[name].most_features} features": (
+            query.shape[-1] > LIBRARIES[name].most_features
+        ),
+        "it serves packed sequences, and these share prompts": layout.shares_prompts,
+        "it serves packed sequences, and these are padded": layout.has_padding,
+        "it serves packed sequences, and here only responses have queries": queries != "all",
+        "there is no sequence": layout.num_sequences == 0,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def choose_attention(query: Tensor, layout: SequenceLayout, queries: str) -> Choice:
+    """Whose attention serves a call, and why: forced, measured to be the fastest here, or our own.
+
+    Raises:
+        ValueError: what is forced is unknown, not installed, or cannot serve the call.
+    """
+    if _forced is not None:
+        return _forced_choice(_forced, "use_attention", query, layout, queries)
+    named = os.environ.get(ENVIRONMENT_VARIABLE)
+    if named:
+        return _forced_choice(named, ENVIRONMENT_VARIABLE, query, layout, queries)
+    if not query.is_cuda or torch.compiler.is_compiling():
+        return Choice(OWN, "it serves every layout")
+    fastest = measured_attention().get(key(query.shape[-1], query.dtype), OWN)
+    if unavailable_reason(fastest) is None and unserved_reason(fastest, query, layout, queries) is None:
+        return Choice(fastest, "measured to be the fastest here")
+    return Choice(OWN, "it serves every layout")
+
+
+def _forced_choice(name: str, source: str, query: Tensor, layout: SequenceLayout, queries: str) -> Choice:
+    reason = unavailable_reason(name) or unserved_reason(name, query, layout, queries)
+    if reason is not None:
+        raise ValueError(f"attention {name!r}, forced by {source}: {reason}")
+    return Choice(name, f"forced by {source}")
+
+
+def attend(
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: SequenceLayout,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    """``[T, H, e]`` by a library, its backward deterministic where it can be asked for that."""
+    function = _function(name)
+    ranges, longest = layout.ranges, layout.max_length
+    bounds = torch.cat([ranges[:, 0], ranges[-1:, 1]])
+    arguments = {  # under every name that a library has for them
+        **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "cu_seq_q", "cu_seq_k"), bounds),
+        **dict.fromkeys(("max_seqlen_q", "max_seqlen_k", "max_q", "max_k"), longest),
+        **dict.fromkeys(("softmax_scale", "scale"), scale),
+        **dict.fromkeys(("causal", "is_causal"), causal),
+        "enable_gqa": query.shape[1] != key.shape[1],
+        "deterministic": True,
+        "num_splits": 1,  # a sequence's bits must not depend on the longest of its batch
+    }
+    known = inspect.signature(function).parameters
+    if not known.keys() & {"causal", "is_causal"}:
+        arguments["window_size"] = (-1, 0 if causal else -1)
+    arguments = {name: x for name, x in arguments.items() if name in known}
+    out = function(query, key, value, **arguments)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def key(head_size: int, dtype: torch.dtype) -> str:
+    """The name of a measurement."""
+    return f"attention e={head_size} {str(dtype).removeprefix('torch.')}"
+
+
+@functools.cache
+def measured_attention() -> dict[str, str]:
+    """The fastest attention by `key`, from the file that ``python -m adajudge_kernels.tune`` writes; else empty."""
+    path = measured_file("attention")
+    if path is None or not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+        known = isinstance(found, dict) and set(found.values()) <= {OWN, *LIBRARIES}
+    except (OSError, ValueError, TypeError) as error:
+        logger.warning("%s is not used: %s", path, error)
+        return {}
+    if not known:
+        logger.warning("%s is not used: expected names of %s", path, ", ".join((OWN, *LIBRARIES)))
+        return {}
+    return dict(found)
