@@ -24,6 +24,7 @@ from tests.kernels.triton_compile import (
     loss_table,
     pooling_launches,
     pooling_table,
+    refinement_table,
     row_launches,
 )
 from tests.summary import note_compilation
@@ -149,6 +150,7 @@ def test_kernels_compile_for_amd(target):
 
 TABLES = {
     "triton-pooling.md": [pooling_table],
+    "head.md": [refinement_table],
     "triton-experts.md": [
         lambda: experts_table(torch.float32),
         lambda: experts_table(torch.bfloat16),

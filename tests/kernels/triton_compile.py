@@ -48,7 +48,7 @@ class Launch:
 
     @property
     def name(self):
-        return self.kernel.fn.__name__
+        return self.kernel.fn.__name__.removeprefix("_")
 
 
 @contextmanager
@@ -232,6 +232,7 @@ _VARIANTS = {  # constants that tell the launches of a kernel apart, as a reader
     "PROMPT_MEAN": "prompt mean",
     "RESPONSE_MEAN": "response mean",
     "ALL_MEAN": "mean of all",
+    "UPDATE": "with addition",
     "ENTROPY": "weighted pairs, entropy floor",
     "GRADIENTS": "gradients",
 }
@@ -285,6 +286,17 @@ def loss_table():
     return resource_table(loss_launches(), "pairs", lambda constants: constants["BLOCK"])
 
 
+def refinement_table():
+    """The table of docs/head.md: attention with 8 heads of 128 features, norm and SwiGLU of 4096, bf16."""
+
+    def step(constants):
+        sizes = [constants[name] for name in ("M", "N", "TOKENS", "ROWS", "BLOCK") if name in constants]
+        return " x ".join(map(str, sizes))
+
+    launches = [*attention_launches(128, torch.bfloat16), *row_launches(4096, torch.bfloat16)]
+    return resource_table(launches, "queries x keys, or rows x features", step)
+
+
 if __name__ == "__main__":
-    tables = pooling_table(), experts_table(torch.float32), experts_table(torch.bfloat16), loss_table()
-    print("\n\n".join(tables))
+    tables = pooling_table(), refinement_table(), experts_table(torch.float32), experts_table(torch.bfloat16)
+    print("\n\n".join((*tables, loss_table())))
