@@ -22,13 +22,19 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import TransformersKwargs, cached_file
 
 from adajudge.attention_masks import reads_no_padding
-from adajudge.backbone_states import token_states, without_padding
+from adajudge.backbone_states import (
+    reads_lengths_apart,
+    token_states,
+    with_shared_prompts,
+    without_padding,
+)
 from adajudge.configuration import AdaJudgeConfig
 from adajudge.data import TurnBoundary, response_mask_from_header
 from adajudge_kernels import (
     AdaJudgeHead,
     DepthGate,
     ExpertCombination,
+    JudgeOutput,
     MultiViewPooling,
     RefinementBlock,
     SequenceLayout,
@@ -230,7 +236,8 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
         """Rewards of a padded batch, or of a packed or prompt-shared one described by `layout`.
 
         A sequence's reward does not depend on how it comes, nor on its neighbours. What lies in padding, token
-        ids and embeddings alike, is never read.
+        ids and embeddings alike, is never read. With ``attn_implementation="adajudge"`` nothing is computed for it
+        either, and rows of equal prompt tokens, such as both sides of a pair, have their prompt computed once.
 
         Args:
             input_ids: ``[B, L]``; with `layout` ``[1, T]`` or ``[T]``.
@@ -265,10 +272,16 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
             raise ValueError("past_key_values came; a judge reads whole sequences and keeps no cache")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is expected")
+        order: Tensor | None = None
         if layout is None:
             batch, layout = self._padded(
                 input_ids, inputs_embeds, attention_mask, response_mask, position_ids
             )
+            if reads_no_padding(self.config):
+                # Positions of a caller's own may differ between rows, and a prompt with them.
+                alike = position_ids is None and self.config.causal_refinement
+                alike = alike and not reads_lengths_apart(self.backbone)
+                batch, layout, order = (with_shared_prompts if alike else without_padding)(batch, layout)
         elif attention_mask is not None or response_mask is not None or position_ids is not None:
             raise ValueError("layout came with a mask or position_ids; they follow from the layout")
         else:
@@ -285,6 +298,8 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
         if layout.device != states.device:  # a backbone over several devices
             layout = layout.to(states.device)
         out = self.head(states, layout)
+        if order is not None:
+            out = JudgeOutput(*(x.index_select(0, order) for x in out))
         result = AdaJudgeOutput(out.reward.unsqueeze(1), out.view_scores, out.view_weights, out.depth_weights)
         plain = not (self.config.return_dict if return_dict is None else return_dict)
         return result.to_tuple() if plain else result
@@ -340,7 +355,7 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
             "inputs_embeds": inputs_embeds,
             "position_ids": torch.where(real, position_ids, 0),
         }
-        return without_padding(batch, layout) if reads_no_padding(self.config) else (batch, layout)
+        return batch, layout
 
     def _backbone_options(self) -> set[str]:
         """What the backbone's forward knows by name; anything else it would swallow."""

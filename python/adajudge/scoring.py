@@ -137,6 +137,7 @@ class Scorer:
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        attn_implementation: str | None = None,
         **options: Any,
     ) -> Scorer:
         """Load a judge and its tokenizer from a folder; None is the built-in judge.
@@ -146,6 +147,7 @@ class Scorer:
                 adapter is merged into the judge it was trained on.
             device: default: CUDA where there is one, else the CPU.
             dtype: of the weights; default fp32 on the CPU, as saved elsewhere.
+            attn_implementation: ``"adajudge"`` reads no padding and equal prompts of a batch once; default: transformers'.
             options: as of `Scorer`.
         """
         path = BUILT_IN_JUDGE if path is None else path
@@ -157,9 +159,11 @@ class Scorer:
         if (Path(path) / "adapter_config.json").is_file():
             from adajudge.training import load_judge  # merges the adapter; needs peft
 
-            model = load_judge(path, dtype=dtype)
+            model = load_judge(path, dtype=dtype, attn_implementation=attn_implementation)
         else:
-            model = AdaJudgeForSequenceClassification.from_pretrained(str(path), dtype=dtype or "auto")
+            model = AdaJudgeForSequenceClassification.from_pretrained(
+                str(path), dtype=dtype or "auto", attn_implementation=attn_implementation
+            )
         return cls(model.to(device), load_tokenizer(path), **options)
 
     def score(self, rows: Iterable[Row | RowError | Mapping[str, Any]]) -> Iterator[ScoredRow | RowError]:

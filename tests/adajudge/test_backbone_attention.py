@@ -25,16 +25,16 @@ from tests.adajudge.judges import (
 from tests.kernels.batches import LAYOUTS
 
 TOLERANCE = 1e-5
-WEIGHTS = torch.arange(1.0, 6.0)  # so that the sequences' gradients differ
+WEIGHTS = torch.arange(1.0, 7.0)  # so that the sequences' gradients differ
 
 
-def wide_judge(family, attention="adajudge"):
-    return random_judge(family, attention, wide_backbone(family))
+def wide_judge(family, attention="adajudge", **options):
+    return random_judge(family, attention, wide_backbone(family), **options)
 
 
 def rewards_and_gradients(model, rewards):
     model.zero_grad()
-    (rewards * WEIGHTS).sum().backward()
+    (rewards * WEIGHTS[: len(rewards)]).sum().backward()
     return rewards.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
@@ -107,11 +107,48 @@ def seen(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize(("kind", "tokens"), [("shared", 36), ("packed", 50), ("padded_left", 50)])
+@pytest.mark.parametrize(("kind", "tokens"), [("shared", 36), ("packed", 50), ("padded_left", 36)])
 def test_a_prompt_is_computed_once_padding_never_and_no_mask_is_built(seen, kind, tokens):
     model = wide_judge("qwen3")
     model(**inputs(token_ids(), kind))
     assert seen == [((1, 4, tokens, 8), None)] * 3
+
+
+def test_equal_prompts_of_a_padded_batch_are_computed_once_wherever_they_stand(seen):
+    """As a Trainer passes pairs: all chosen sides, then all rejected ones."""
+    model, other = wide_judge("qwen3"), wide_judge("qwen3", "sdpa")
+    prompts = [[5, 6, 7, 8], [9, 10], [5, 6, 7, 8]]
+    rows = [prompts[i % 3] + [20 + i] * (1 + i) for i in range(6)]
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    attention = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    response = attention.clone()
+    for i in range(6):
+        response[i, : len(prompts[i % 3])] = 0
+    batch = {"input_ids": ids, "attention_mask": attention, "response_mask": response}
+    results = [rewards_and_gradients(judge, judge(**batch).logits[:, 0]) for judge in (model, other)]
+    assert seen[0][0][2] == 4 + 2 + sum(range(1, 7))
+    (rewards, gradients), (expected, true_gradients) = results
+    assert torch.allclose(rewards, expected, atol=1e-5)
+    assert len(set(rewards.tolist())) == 6
+    for name, x in true_gradients.items():
+        assert torch.allclose(gradients[name], x, atol=1e-5 * max(1.0, float(x.abs().max()))), name
+
+
+@pytest.mark.parametrize("reason", ["several turns", "positions", "embeddings", "bidirectional"])
+def test_prompts_are_not_shared_where_they_may_differ(seen, reason):
+    model = wide_judge("qwen3", causal_refinement=reason != "bidirectional")
+    ids = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 4, 3]])
+    response = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 1, 1]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "response_mask": response}
+    if reason == "several turns":
+        response[:, 1] = 1
+    if reason == "positions":
+        batch["position_ids"] = torch.tensor([[0, 1, 2, 3, 4], [1, 2, 3, 4, 5]])
+    if reason == "embeddings":
+        batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids"))
+    model(**batch)
+    assert seen[0][0][2] == 10
 
 
 def test_gradient_checkpointing_recomputes_and_changes_no_gradient(seen):
