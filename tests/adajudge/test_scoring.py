@@ -186,7 +186,9 @@ def test_the_judges_own_limit_of_unknown_words_goes_with_its_folder(tmp_path):
 
 
 def test_prompts_read_once_give_the_same_scores():
-    alone, shared = (Scorer.from_pretrained(attn_implementation=name) for name in (None, "adajudge"))
+    alone, shared = (
+        Scorer.from_pretrained(attn_implementation=name, unknown_limit=1.0) for name in (None, "adajudge")
+    )
     three = [row(1, "it is four .", "it is five .", "I do not know", prompt="what is two plus two ?")]
     ours, expected = (next(scorer.score(three)).scores for scorer in (shared, alone))
     assert [s.reward for s in ours] == pytest.approx([s.reward for s in expected], abs=1e-4)
