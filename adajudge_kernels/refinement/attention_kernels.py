@@ -51,6 +51,14 @@ def _wide_product(a, b, ACC: tl.constexpr):
 
 
 @triton.jit
+def _exponentials(scores, shift, FACTOR: tl.constexpr):
+    """``2^(FACTOR scores - shift)`` of rows, rounded once, as a product and difference of their own may be or may not: a
+    query's bits must not depend on whether its tile needed a mask."""
+    factor = tl.full(scores.shape, FACTOR, scores.dtype)
+    return tl.exp2(tl.fma(scores, factor, -tl.broadcast_to(shift[:, None], scores.shape)))
+
+
+@triton.jit
 def _place(chunks, first_chunks, stride, CHUNK: tl.constexpr, SIZE: tl.constexpr):
     """The group of a program's tile of SIZE rows and the tile's offset in it. A tile is a part of a chunk, or several
     chunks: then only the programs whose offset is a multiple of SIZE have work."""
@@ -121,19 +129,19 @@ def _forward_steps(
     DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The online softmax over keys from `begin` to `end`: largest score, norm and weighted sum of each query."""
+    """The online softmax over keys from `begin` to `end`: largest score (not yet scaled), norm and weighted sum."""
     top, norm, mixed = state
     for step in range(begin, end, N):
         at = step + tl.arange(0, N)
         slot = tl.where(at < before, start0 + at, start1 + at - before)
         k = _tile(key, slot, key_row, at < total, E, WIDTH, DOT)
         v = _tile(value, slot, value_row, at < total, E, WIDTH, DOT)
-        scores = _product(q, tl.trans(k), ACC) * FACTOR
+        scores = _product(q, tl.trans(k), ACC)
         if MASKED:
             scores = tl.where(_seen(position, at, total, CAUSAL), scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))
-        p = tl.exp2(scores - new_top[:, None])
-        rescale = tl.exp2(top - new_top)
+        p = _exponentials(scores, new_top * FACTOR, FACTOR)
+        rescale = tl.exp2((top - new_top) * FACTOR)
         norm = norm * rescale + tl.sum(p, axis=1)
         mixed = mixed * rescale[:, None] + _product(p.to(DOT), v, ACC)
         top = new_top
@@ -209,7 +217,7 @@ def attention_forward(
             )
         top, norm, mixed = state
         _put(out + head * E, row, H * E, valid, mixed / norm[:, None], E, WIDTH)
-        tl.store(log_sum_exp + head * num_rows + row, top + tl.log2(norm), mask=valid)
+        tl.store(log_sum_exp + head * num_rows + row, top * FACTOR + tl.log2(norm), mask=valid)
 
 
 @triton.jit
@@ -245,10 +253,10 @@ def _backward_steps(
         slot = tl.where(at < before, start0 + at, start1 + at - before)
         k = _tile(key, slot, key_row, at < total, E, WIDTH, DOT)
         v = _tile(value, slot, value_row, at < total, E, WIDTH, DOT)
-        scores = _wide_product(q, k, ACC) * FACTOR
+        scores = _wide_product(q, k, ACC)
         if MASKED:
             scores = tl.where(_seen(position, at, total, CAUSAL), scores, float("-inf"))
-        p = tl.exp2(scores - lse[:, None])
+        p = _exponentials(scores, lse, FACTOR)
         d_scores = p * (_product(g_out, tl.trans(v), ACC) - delta[:, None])
         grad_query += _product(d_scores.to(DOT), k, ACC)
     return grad_query
@@ -410,11 +418,11 @@ def attention_backward_keys(
                     g_out = _tile(grad + head * E, row, H * E, valid, E, WIDTH, DOT)
                     lse = tl.load(log_sum_exp + head * num_rows + row, mask=valid, other=0.0)
                     delta = tl.load(deltas + head * num_rows + row, mask=valid, other=0.0)
-                    scores = _product(k, tl.trans(q), ACC) * FACTOR
+                    scores = _product(k, tl.trans(q), ACC)
                     seen = there[:, None] & valid[None, :]
                     if CAUSAL:
                         seen = seen & (at[:, None] <= position[None, :])
-                    p = tl.exp2(tl.where(seen, scores - lse[None, :], float("-inf")))
+                    p = tl.exp2(tl.where(seen, scores * FACTOR - lse[None, :], float("-inf")))
                     d_value += _product(p.to(DOT), g_out, ACC)
                     d_scores = p * (_product(v, tl.trans(g_out), ACC) - delta[None, :])
                     d_key += _product(d_scores.to(DOT), q, ACC)

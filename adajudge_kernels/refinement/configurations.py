@@ -45,7 +45,11 @@ _HALF = {
 }
 # fp32 products go without tensor cores: exactly, and slowly.
 _SINGLE = {
-    "forward": {64: AttentionStep(32, 32, 4), 128: AttentionStep(32, 16, 8), 256: AttentionStep(16, 32, 8)},
+    "forward": {
+        64: AttentionStep(32, 32, 4),
+        128: AttentionStep(32, 16, 8, registers=255),
+        256: AttentionStep(16, 32, 8),
+    },
     "backward_queries": {
         64: AttentionStep(32, 32, 8),
         128: AttentionStep(16, 16, 8, registers=255),
