@@ -123,16 +123,19 @@ def _forward_steps(
 ):
     """The online softmax over keys from `begin` to `end`: largest score, norm and weighted sum of each query."""
     top, norm, mixed = state
+    factor = tl.full((1, 1), FACTOR, ACC)
     for step in range(begin, end, N):
         at = step + tl.arange(0, N)
         slot = tl.where(at < before, start0 + at, start1 + at - before)
         k = _tile(key, slot, key_row, at < total, E, WIDTH, DOT)
         v = _tile(value, slot, value_row, at < total, E, WIDTH, DOT)
-        scores = _product(q, tl.trans(k), ACC) * FACTOR
+        scores = _product(q, tl.trans(k), ACC)
         if MASKED:
             scores = tl.where(_seen(position, at, total, CAUSAL), scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        p = tl.exp2(scores - new_top[:, None])
+        new_top = tl.maximum(top, tl.max(scores, axis=1) * FACTOR)
+        # Said to be one instruction. Left to the compiler, it is one without a mask and two roundings with it, and a
+        # query's bits would depend on which other queries are in its tile.
+        p = tl.exp2(tl.fma(scores, factor, -new_top[:, None]))
         rescale = tl.exp2(top - new_top)
         norm = norm * rescale + tl.sum(p, axis=1)
         mixed = mixed * rescale[:, None] + _product(p.to(DOT), v, ACC)
