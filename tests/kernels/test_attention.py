@@ -1,5 +1,6 @@
 """What is special to attention inside sequences, beyond the contract: grouped heads, chosen queries, who sees whom."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +12,7 @@ from adajudge_kernels import SequenceLayout
 from adajudge_kernels.refinement.ops import residual_rms_norm, sequence_attention, swiglu
 from tests.kernels import naive
 from tests.kernels.batches import LAYOUTS, Batch, lengths_with_unread_prompts, place
+from tests.kernels.conftest import INTERPRETED
 from tests.kernels.operations import attend, sequence_slots
 from tests.kernels.test_contract import DTYPES, compare, dtypes, generated, layouts
 
@@ -23,13 +25,30 @@ grouped = attend(heads=4, key_heads=2)
 
 
 @pytest.fixture
-def triton_device(device):
+def exact(device, monkeypatch):
+    """Whether a row's bits depend on nothing but what it sees: on Triton. Its interpreter calls BLAS, which gives a row
+    of a product other bits in another place of the matrix: here it sums every row alike."""
     if ak.backends.choose_backend(device, "refinement").backend != "triton":
+        return False
+    if INTERPRETED:
+        from triton.runtime import interpreter
+
+        def create_dot(self, a, b, d, *_):
+            product = np.einsum("mk,kn->mn", a.data, b.data, dtype=d.data.dtype)
+            return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    return True
+
+
+@pytest.fixture
+def triton_device(device, exact):
+    if not exact:
         pytest.skip("the claim is of the Triton kernels")
     return device
 
 
-def projections(tokens, heads=4, key_heads=2, size=16, dtype=torch.float32, device="cpu"):
+def projections(tokens, heads=2, key_heads=1, size=16, dtype=torch.float32, device="cpu"):
     """Query, key and value of random tokens."""
     return [
         torch.randn(tokens, n, size, dtype=torch.float64).to(device, dtype)
@@ -114,7 +133,7 @@ def test_a_prompt_that_nobody_reads_attends_to_itself(causal, device):
         layout = SequenceLayout.shared_prompts([66, 3], [[], [2]], device)
     else:
         layout = SequenceLayout.packed([0, 3], [66, 2], device)  # alike, of a sequence
-    xs = projections(71, device=device)
+    xs = projections(71, 4, 2, device=device)
     own = [x[:66].double().cpu() for x in xs]
     rows = [naive.Sequence(list(range(66)), [False] * 66)]
     expected = naive.sequence_attention(*(x.flatten(1) for x in own), rows, 4, causal, 2)
@@ -131,7 +150,7 @@ def assert_chosen_queries_are_rows_of_all(layout, device, dtype, exact):
     chosen = [x.detach().clone().requires_grad_() for x in everything]
     full = sequence_attention(everything, layout)
     part = sequence_attention([chosen[0][rows], *chosen[1:]], layout, queries="response")
-    assert part.shape == (len(rows), 4, 16)
+    assert part.shape == (len(rows), 2, 16)
     assert part.dtype == dtype
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
     assert torch.equal(part, full[rows]) if exact else torch.allclose(part, full[rows], atol=tolerance)
@@ -139,11 +158,6 @@ def assert_chosen_queries_are_rows_of_all(layout, device, dtype, exact):
     expected = gradients(everything, full, torch.zeros_like(full).index_copy(0, rows, grad))
     for x, y in zip(gradients(chosen, part, grad), expected, strict=True):
         assert (x - y).abs().max() <= 10 * tolerance * max(1.0, float(y.abs().max()))
-
-
-@pytest.fixture
-def exact(device):
-    return ak.backends.choose_backend(device, "refinement").backend == "triton"
 
 
 @layouts
@@ -156,7 +170,7 @@ def test_queries_of_responses_are_rows_of_the_whole(kind, dtype, device, exact):
 @generated
 def test_queries_of_several_turns_are_rows_of_the_whole(device, exact, data):
     """Response tokens lie apart, in padded rows that begin anywhere."""
-    length = data.draw(st.integers(1, 140))
+    length = data.draw(st.integers(1, 100))
     spans = data.draw(
         st.lists(st.tuples(st.integers(0, length - 1), st.integers(1, length)), min_size=1, max_size=3)
     )
@@ -253,7 +267,7 @@ def test_where_projections_lie_changes_no_gradient(triton_device):
     device = triton_device
     layout, _ = BATCH.lay_out("shared", device)
     xs = [x.requires_grad_() for x in projections(BATCH.num_tokens, device=device)]
-    grad = torch.randn(16, 4, BATCH.num_tokens, device=device).permute(2, 1, 0)  # features first, too
+    grad = torch.randn(16, 2, BATCH.num_tokens, device=device).permute(2, 1, 0)  # features first, too
     expected = gradients(xs, sequence_attention(xs, layout), grad)
     places = [in_other_memory(x.detach()) for x in xs]
     for name in places[0]:
