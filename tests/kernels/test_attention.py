@@ -253,6 +253,8 @@ def in_other_memory(x):
 
 @dtypes
 def test_where_projections_lie_changes_no_bit(dtype, triton_device):
+    from adajudge_kernels.refinement import triton
+
     layout, _ = BATCH.lay_out("shared", triton_device)
     xs = projections(BATCH.num_tokens, dtype=dtype, device=triton_device)
     expected = sequence_attention(xs, layout)
@@ -261,6 +263,8 @@ def test_where_projections_lie_changes_no_bit(dtype, triton_device):
         moved = [place[name] for place in places]
         assert all(torch.equal(x, y) for x, y in zip(moved, xs, strict=True))
         assert torch.equal(sequence_attention(moved, layout), expected), name
+        # As the launches are compiled for.
+        assert all(triton._rowwise(x).data_ptr() % 16 == 0 for x in moved)
 
 
 def test_where_projections_lie_changes_no_gradient(triton_device):
