@@ -27,7 +27,8 @@ demo: $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --durations=5
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=5 tests/kernels -k triton-cpu
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=5 -k triton-cpu \
+		tests/kernels tests/adajudge/test_judge_on_triton.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

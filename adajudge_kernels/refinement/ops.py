@@ -215,26 +215,31 @@ def sequence_attention(
 def _check_projections(projections: Sequence[Tensor], layout: SequenceLayout, num_queries: int) -> None:
     names = {1: ("qkv",), 2: ("query", "key_value"), 3: ("query", "key", "value")}
     if not isinstance(projections, (list, tuple)) or len(projections) not in names:
+        came = len(projections) if isinstance(projections, (list, tuple)) else type(projections).__name__
         raise ValueError(
-            "projections: expected a list of qkv, of query and key_value, or of query, key and value"
+            f"projections: {came} came, expected a list of qkv, of query and key_value, or of query, key and value"
         )
     tokens = layout.num_tokens
     first, name = projections[0], names[len(projections)][0]
     if len(projections) == 1:
         check_float(name, first, 4, "[T, 3, H, e]")
-        rows, shape = first.shape[0], (tokens, 3, *first.shape[2:])
-        check_like(name, first, shape, first, name)
-        num_queries = tokens if num_queries == tokens else -1
+        check_like(name, first, (tokens, 3, *first.shape[2:]), first, name)
+        if num_queries != tokens:
+            raise ValueError(
+                f"qkv: {tokens} rows came with queries='response', expected query and key_value apart, the query of "
+                f"{num_queries} rows"
+            )
     else:
         check_float(name, first, 3, "[N, H, e]")
-        rows = first.shape[0]
-    if rows != num_queries:
-        raise ValueError(f"{name}: {rows} rows came, expected {max(num_queries, 0)} for this layout")
+    if first.shape[0] != num_queries:
+        raise ValueError(f"{name}: {first.shape[0]} rows came, expected {num_queries} for this layout")
     if first.device != layout.device:
         raise ValueError(
             f"{name}: on {first.device}, but the layout is on {layout.device}; use layout.to(..)"
         )
     heads, size = first.shape[-2:]
+    if heads < 1:
+        raise ValueError(f"{name}: {heads} heads came, expected at least one")
     if not 1 <= size <= MAX_HEAD_SIZE:
         raise ValueError(f"{name}: heads of {size} features came, expected 1 to {MAX_HEAD_SIZE}")
     for other_name, other in zip(names[len(projections)][1:], projections[1:], strict=True):

@@ -139,8 +139,9 @@ def sequence_attention_forward(
     """Attention ``[N, H, e]``, zero where there is no query, and the log-sum-exp to the base 2, ``[H, N]``."""
     query, key, value = (_rowwise(x) for x in (query, key, value))
     rows, heads, _ = query.shape
-    out = (torch.zeros if padded else torch.empty)(query.shape, dtype=query.dtype, device=query.device)
-    log_sum_exp = query.new_empty(heads, rows, dtype=arithmetic_dtype(query.dtype))
+    filled = query.new_zeros if padded else query.new_empty  # no program writes at padding
+    out = filled(query.shape)
+    log_sum_exp = filled((heads, rows), dtype=arithmetic_dtype(query.dtype))
     chunks = tables.query_chunks.shape[0]
     if chunks:
         step, constants = _constants("forward", query, key, tables, causal, scale)
@@ -259,7 +260,7 @@ def _constants(
 def _rowwise(x: Tensor) -> Tensor:
     """`x` itself where its heads lie whole and on 16-byte boundaries, as in a merged projection; else a copy."""
     apart = x.stride(2) != 1 or any(stride * x.itemsize % 16 for stride in x.stride()[:2])
-    return x.contiguous() if apart or x.data_ptr() % 16 else x
+    return aligned(x) if apart or x.data_ptr() % 16 else x
 
 
 def _strides(*tensors: Tensor) -> list[int]:

@@ -78,3 +78,15 @@ def batches(draw, max_prompts=3, max_length=40):
     prompts = draw(st.lists(st.integers(0, max_length), min_size=1, max_size=max_prompts))
     lengths = st.lists(st.integers(1, max_length), min_size=1, max_size=3)
     return Batch(tuple(prompts), tuple(tuple(draw(lengths)) for _ in prompts))
+
+
+@st.composite
+def lengths_with_unread_prompts(draw, max_prompts=3, max_length=40):
+    """As `batches`, with prompts that no candidate reads."""
+    batch = draw(batches(max_prompts, max_length))
+    unread = draw(st.integers(0, max_length))
+    at = draw(st.integers(0, len(batch.prompts)))
+    return Batch(
+        (*batch.prompts[:at], unread, *batch.prompts[at:]),
+        (*batch.responses[:at], (), *batch.responses[at:]),
+    )

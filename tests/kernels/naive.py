@@ -103,15 +103,18 @@ def focal_bradley_terry_loss(chosen, rejected, pair_weight, view_weights, gamma,
     return loss
 
 
-def sequence_attention(query, key, value, sequences, heads, causal=True):
-    """One sequence after the other, in the states' own dtype, as PyTorch's attention does it; one head of keys."""
+def sequence_attention(query, key, value, sequences, heads, causal=True, key_heads=1, scale=None):
+    """One sequence after the other, in the states' own dtype, as PyTorch's attention does it."""
     outputs = []
     for sequence in sequences:
         rows = torch.tensor(sequence.rows)
-        q = query[rows].unflatten(1, (heads, -1)).transpose(0, 1)
-        k, v = (x[rows].unsqueeze(0).expand(heads, -1, -1) for x in (key, value))
-        outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(0, 1))
-    return torch.cat(outputs) if outputs else query.new_zeros(0, heads, key.shape[1])
+        q, k, v = (
+            x[rows].unflatten(1, (n, -1)).transpose(0, 1).repeat_interleave(heads // n, dim=0)
+            for x, n in ((query, heads), (key, key_heads), (value, key_heads))
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+        outputs.append(mixed.transpose(0, 1))
+    return torch.cat(outputs) if outputs else query.new_zeros(0, heads, query.shape[1] // heads)
 
 
 def residual_rms_norm(x, update, weight, eps):

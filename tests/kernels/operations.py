@@ -100,13 +100,6 @@ POOLING = [
     attention("response"),
 ]
 
-HEADS = 2  # of the queries; keys and values have one
-
-
-def draw_projections(batch, d, depths):
-    tokens = batch.num_tokens
-    return {"query": normal(tokens, HEADS * d), "key": normal(tokens, d), "value": normal(tokens, d)}
-
 
 def sequence_slots(layout):
     """The token slots of one sequence after the other: what a layout has once for several sequences comes several times."""
@@ -118,24 +111,31 @@ def sequence_slots(layout):
     return torch.tensor(slots, dtype=torch.long, device=layout.device)
 
 
-def attend(merged):
-    """Causal attention as an operation of the contract; `merged`: keys and values come as one tensor."""
+def attend(merged=False, heads=2, key_heads=1, causal=True, scale=None):
+    """Attention as an operation of the contract; `merged`: keys and values come as one tensor. d is of a head."""
+
+    def draw(batch, d, depths):
+        tokens = batch.num_tokens
+        return {
+            "query": normal(tokens, heads * d),
+            "key": normal(tokens, key_heads * d),
+            "value": normal(tokens, key_heads * d),
+        }
 
     def call(x, layout):
-        query = x["query"].unflatten(1, (HEADS, -1))
-        key, value = x["key"].unsqueeze(1), x["value"].unsqueeze(1)
+        query = x["query"].unflatten(1, (heads, -1))
+        key, value = (x[name].unflatten(1, (key_heads, -1)) for name in ("key", "value"))
         projections = [query, torch.stack([key, value], dim=1)] if merged else [query, key, value]
-        return (sequence_attention(projections, layout)[sequence_slots(layout)],)
+        return (sequence_attention(projections, layout, causal, scale)[sequence_slots(layout)],)
 
-    return Operation(
-        f"sequence_attention[{'merged' if merged else 'apart'}]",
-        draw_projections,
-        call,
-        lambda x, s: (naive.sequence_attention(x["query"], x["key"], x["value"], s, HEADS),),
-    )
+    def truth(x, s):
+        projections = x["query"], x["key"], x["value"]
+        return (naive.sequence_attention(*projections, s, heads, causal, key_heads, scale),)
+
+    return Operation(f"sequence_attention[{'merged' if merged else 'apart'}]", draw, call, truth)
 
 
-ATTENTION = [attend(merged=False), attend(merged=True)]
+ATTENTION = [attend(), attend(merged=True)]
 
 VIEW_NAMES = ("last", "mean", "attention", "prompt")
 

@@ -130,6 +130,17 @@ def test_attention_compiles_without_spills_onto_tensor_cores(attention, arch):
         assert (compiled.tensor_core_products > 0) == (dtype != torch.float32), launch
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS, ids=str)
+@architectures
+def test_a_mask_changes_no_rounding_of_attention(attention, arch):
+    """Whether a step has a mask depends on the tile that a query is in, so on layout and batch. Its bits must not."""
+    forward = attention_launches(*attention)[0]
+    assert forward.name == "attention_forward"
+    constants, threads = dict(forward.constants), 32 * dict(forward.options)["num_warps"]
+    scores = constants["M"] * constants["N"] // threads  # a thread and step
+    assert compile_launch(forward, NVIDIA[arch]).fused_exponents >= 2 * scores  # with a mask and without
+
+
 @pytest.mark.parametrize("d", [64, 1000, 4096, 16384])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @architectures

@@ -97,6 +97,12 @@ class Compiled:
         return len(re.findall(f"{to_registers}|{to_shared}", self.assembly))
 
     @property
+    def fused_exponents(self):
+        """How many exponentials of the PTX are of the result of one fused multiply-add."""
+        fused = set(re.findall(r"fma\.rn\.f32\s+(%\w+),", self.assembly))
+        return sum(x in fused for x in re.findall(r"ex2\.approx\S*\s+%\w+, (%\w+);", self.assembly))
+
+    @property
     def tensor_core_products(self):
         """How many matrix instructions the PTX has."""
         return len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", self.assembly))

@@ -1,0 +1,566 @@
+"""What is special to attention inside sequences, beyond the contract: grouped heads, chosen queries, who sees whom."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import adajudge_kernels as ak
+from adajudge_kernels import SequenceLayout
+from adajudge_kernels.refinement.ops import residual_rms_norm, sequence_attention, swiglu
+from tests.kernels import naive
+from tests.kernels.batches import LAYOUTS, Batch, lengths_with_unread_prompts, place
+from tests.kernels.conftest import INTERPRETED
+from tests.kernels.operations import attend, sequence_slots
+from tests.kernels.test_contract import DTYPES, compare, dtypes, generated, layouts
+
+PACKED = tuple(kind for kind in LAYOUTS if kind != "shared")
+# Tiles with a mask and without, prompts that end inside of one and on its edge, and a prompt that nobody reads.
+BATCH = Batch((70, 0, 5, 64), ((65, 1), (3,), (), (63, 2)))
+# Every entry of the tables of steps, widths that are no power of two, and one feature.
+HEAD_SIZES = (1, 16, 64, 80, 128, 256)
+grouped = attend(heads=4, key_heads=2)
+
+
+@pytest.fixture
+def exact(device, monkeypatch):
+    """Whether a row's bits depend on nothing but what it sees: on Triton. Its interpreter calls BLAS, which gives a row
+    of a product other bits in another place of the matrix: here it sums every row alike."""
+    if ak.backends.choose_backend(device, "refinement").backend != "triton":
+        return False
+    if INTERPRETED:
+        from triton.runtime import interpreter
+
+        def create_dot(self, a, b, d, *_):
+            product = np.einsum("mk,kn->mn", a.data, b.data, dtype=d.data.dtype)
+            return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    return True
+
+
+@pytest.fixture
+def triton_device(device, exact):
+    if not exact:
+        pytest.skip("the claim is of the Triton kernels")
+    return device
+
+
+def projections(tokens, heads=2, key_heads=1, size=16, dtype=torch.float32, device="cpu"):
+    """Query, key and value of random tokens."""
+    return [
+        torch.randn(tokens, n, size, dtype=torch.float64).to(device, dtype)
+        for n in (heads, key_heads, key_heads)
+    ]
+
+
+def lay_out(xs, source):
+    """The projections of the batch's tokens in a layout's slots; NaN at padding."""
+    return [place(x.flatten(1), source).unflatten(1, x.shape[1:]) for x in xs]
+
+
+def attended(batch, kind, xs, causal=True):
+    """Results of the tokens of one sequence after the other."""
+    layout, source = batch.lay_out(kind, xs[0].device)
+    return sequence_attention(lay_out(xs, source), layout, causal)[sequence_slots(layout)]
+
+
+def gradients(xs, outputs, grad=None):
+    if grad is None:
+        grad = torch.cos(torch.arange(outputs.numel(), device=outputs.device)).reshape(outputs.shape)
+    return torch.autograd.grad(outputs, xs, grad.to(outputs))
+
+
+# Against an fp64 evaluation
+
+
+@given(
+    batch=lengths_with_unread_prompts(),
+    kind=st.sampled_from(LAYOUTS),
+    dtype=st.sampled_from(DTYPES),
+    size=st.sampled_from(HEAD_SIZES[1:]),
+    merged=st.booleans(),
+)
+@generated
+def test_error_bound_holds_for_grouped_heads_on_any_layout(device, batch, kind, dtype, size, merged):
+    torch.manual_seed(size)
+    operation = attend(merged, heads=4, key_heads=2)
+    compare(operation, operation.draw(batch, size, 1), batch, kind, dtype, device)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("kind", PACKED)
+@dtypes
+def test_error_bound_holds_in_both_directions(causal, kind, dtype, device):
+    operation = attend(heads=4, key_heads=2, causal=causal)
+    compare(operation, operation.draw(BATCH, 24, 1), BATCH, kind, dtype, device)
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    # Of one feature in half precision, the rounding of the kept result, over which other heads average, is all there is.
+    [(size, dtype) for size in HEAD_SIZES for dtype in DTYPES if size > 1 or dtype == torch.float32],
+    ids=lambda x: str(x).removeprefix("torch."),
+)
+def test_error_bound_holds_for_any_head_size(size, dtype, device):
+    batch = Batch((6, 3), ((70, 1), ()))
+    compare(grouped, grouped.draw(batch, size, 1), batch, "shared", dtype, device)
+
+
+@pytest.mark.parametrize("scale", [0.02, 0.25, 1])
+@layouts
+def test_error_bound_holds_for_any_scale(scale, kind, device):
+    batch = Batch((9, 0), ((5, 1), (66,)))
+    operation = attend(heads=4, key_heads=2, scale=scale)
+    compare(operation, operation.draw(batch, 16, 1), batch, kind, torch.float32, device)
+
+
+@pytest.mark.parametrize("size", [1, 4, 16])
+def test_scores_of_any_size_overflow_nothing(size, device):
+    """Scores of some thousands, of which the largest decides alone."""
+    q, k, v = projections(BATCH.num_tokens, device=device, size=size)
+    xs = [(100 * q).requires_grad_(), (100 * k).requires_grad_(), v.requires_grad_()]
+    out = attended(BATCH, "shared", xs)
+    assert out.isfinite().all()
+    assert all(x.isfinite().all() for x in gradients(xs, out))
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_a_prompt_that_nobody_reads_attends_to_itself(causal, device):
+    if causal:
+        layout = SequenceLayout.shared_prompts([66, 3], [[], [2]], device)
+    else:
+        layout = SequenceLayout.packed([0, 3], [66, 2], device)  # alike, of a sequence
+    xs = projections(71, 4, 2, device=device)
+    own = [x[:66].double().cpu() for x in xs]
+    rows = [naive.Sequence(list(range(66)), [False] * 66)]
+    expected = naive.sequence_attention(*(x.flatten(1) for x in own), rows, 4, causal, 2)
+    assert torch.allclose(sequence_attention(xs, layout, causal)[:66].cpu().double(), expected, atol=1e-5)
+
+
+# Queries of the responses alone
+
+
+def assert_chosen_queries_are_rows_of_all(layout, device, dtype, exact):
+    """Of results bit for bit on Triton, of gradients up to the order of sums."""
+    everything = [x.requires_grad_() for x in projections(layout.num_tokens, dtype=dtype, device=device)]
+    rows = layout.response_attention.rows
+    chosen = [x.detach().clone().requires_grad_() for x in everything]
+    full = sequence_attention(everything, layout)
+    part = sequence_attention([chosen[0][rows], *chosen[1:]], layout, queries="response")
+    assert part.shape == (len(rows), 2, 16)
+    assert part.dtype == dtype
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+    assert torch.equal(part, full[rows]) if exact else torch.allclose(part, full[rows], atol=tolerance)
+    grad = torch.randn_like(part)
+    expected = gradients(everything, full, torch.zeros_like(full).index_copy(0, rows, grad))
+    for x, y in zip(gradients(chosen, part, grad), expected, strict=True):
+        assert (x - y).abs().max() <= 10 * tolerance * max(1.0, float(y.abs().max()))
+
+
+@layouts
+@dtypes
+def test_queries_of_responses_are_rows_of_the_whole(kind, dtype, device, exact):
+    assert_chosen_queries_are_rows_of_all(BATCH.lay_out(kind, device)[0], device, dtype, exact)
+
+
+@given(data=st.data())
+@generated
+def test_queries_of_several_turns_are_rows_of_the_whole(device, exact, data):
+    """Response tokens lie apart, in padded rows that begin anywhere."""
+    length = data.draw(st.integers(1, 100))
+    spans = data.draw(
+        st.lists(st.tuples(st.integers(0, length - 1), st.integers(1, length)), min_size=1, max_size=3)
+    )
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 100)))
+    attention = torch.zeros(len(spans), length)
+    response = (torch.rand(len(spans), length, generator=generator) < 0.4).float()
+    for b, (start, count) in enumerate(spans):
+        attention[b, start : start + count] = 1
+        response[b, start] = 1
+    layout = SequenceLayout.padded(attention.to(device), response.to(device))
+    assert_chosen_queries_are_rows_of_all(layout, device, torch.float32, exact)
+
+
+def test_queries_of_responses_of_merged_keys_and_values(device, exact):
+    layout, _ = BATCH.lay_out("shared", device)
+    rows = layout.response_attention.rows
+    query, key, value = projections(layout.num_tokens, device=device)
+    apart = sequence_attention([query[rows], key, value], layout, queries="response")
+    merged = sequence_attention([query[rows], torch.stack([key, value], 1)], layout, queries="response")
+    assert torch.equal(merged, apart)
+
+
+def test_a_response_of_every_token_may_come_merged(device):
+    layout = SequenceLayout.packed([0, 0], [3, 70], device)
+    qkv = torch.randn(73, 3, 2, 16, device=device)
+    assert torch.equal(
+        sequence_attention([qkv], layout, queries="response"), sequence_attention([qkv], layout)
+    )
+
+
+# Bits, on Triton
+
+
+@dtypes
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_the_layout_never_changes_a_bit(dtype, causal, triton_device):
+    xs = projections(BATCH.num_tokens, dtype=dtype, device=triton_device)
+    first, *others = (attended(BATCH, kind, xs, causal) for kind in (LAYOUTS if causal else PACKED))
+    assert all(torch.equal(first, other) for other in others)
+
+
+@given(
+    batch=lengths_with_unread_prompts(max_length=150),
+    size=st.sampled_from([8, 80, 128]),
+    dtype=st.sampled_from(DTYPES),
+)
+@generated
+def test_no_layout_of_any_batch_changes_a_bit(triton_device, batch, size, dtype):
+    xs = projections(batch.num_tokens, size=size, dtype=dtype, device=triton_device)
+    first, *others = (attended(batch, kind, xs) for kind in LAYOUTS)
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_the_rest_of_the_batch_never_changes_a_bit(kind, triton_device):
+    xs = projections(BATCH.num_tokens, device=triton_device)
+    whole = attended(BATCH, kind, xs)
+    begin = 0
+    for b, sequence in enumerate(BATCH.sequences):
+        rows = torch.tensor(sequence.rows, device=triton_device)
+        alone = attended(BATCH.only(b), "packed", [x[rows] for x in xs])
+        assert torch.equal(whole[begin : begin + len(rows)], alone)
+        begin += len(rows)
+
+
+def in_other_memory(x):
+    """The same numbers where they lie otherwise: heads first, features apart, spread out, off the boundaries."""
+    apart = torch.empty(*x.shape[:2], 2 * x.shape[2], dtype=x.dtype, device=x.device)[..., ::2].copy_(x)
+    shifted = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view(x.shape).copy_(x)
+    wide = torch.full((x.shape[0], x.shape[1] + 3, x.shape[2]), float("nan"), dtype=x.dtype, device=x.device)
+    wide[:, 1:-2] = x
+    return {
+        "heads first": x.transpose(0, 1).contiguous()[None][0].transpose(0, 1),
+        "features apart": apart,
+        "off the boundaries": shifted,
+        "within others": wide[:, 1:-2],
+        "features first": x.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+    }
+
+
+@dtypes
+def test_where_projections_lie_changes_no_bit(dtype, triton_device):
+    from adajudge_kernels.refinement import triton
+
+    layout, _ = BATCH.lay_out("shared", triton_device)
+    xs = projections(BATCH.num_tokens, dtype=dtype, device=triton_device)
+    expected = sequence_attention(xs, layout)
+    places = [in_other_memory(x) for x in xs]
+    for name in places[0]:
+        moved = [place[name] for place in places]
+        assert all(torch.equal(x, y) for x, y in zip(moved, xs, strict=True))
+        assert torch.equal(sequence_attention(moved, layout), expected), name
+        # As the launches are compiled for.
+        assert all(triton._rowwise(x).data_ptr() % 16 == 0 for x in moved)
+
+
+def test_where_projections_lie_changes_no_gradient(triton_device):
+    device = triton_device
+    layout, _ = BATCH.lay_out("shared", device)
+    xs = [x.requires_grad_() for x in projections(BATCH.num_tokens, device=device)]
+    grad = torch.randn(16, 2, BATCH.num_tokens, device=device).permute(2, 1, 0)  # features first, too
+    expected = gradients(xs, sequence_attention(xs, layout), grad)
+    places = [in_other_memory(x.detach()) for x in xs]
+    for name in places[0]:
+        moved = [place[name].requires_grad_() for place in places]
+        got = gradients(moved, sequence_attention(moved, layout), grad)
+        assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True)), name
+
+
+def test_merged_and_apart_are_the_same_bits(triton_device):
+    layout, _ = BATCH.lay_out("shared", triton_device)
+    xs = projections(BATCH.num_tokens, 2, 2, device=triton_device)
+    results = []
+    for form in (
+        lambda q, k, v: [q, k, v],
+        lambda q, k, v: [q, torch.stack([k, v], 1)],
+        lambda *x: [torch.stack(x, 1)],
+    ):
+        leaves = [x.detach().requires_grad_() for x in xs]
+        out = sequence_attention(form(*leaves), layout)
+        results.append([out, *gradients(leaves, out)])
+    assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other, strict=True))
+
+
+@layouts
+def test_two_runs_give_the_same_gradients(kind, device):
+    layout, source = BATCH.lay_out(kind, device)
+    xs = projections(BATCH.num_tokens, dtype=torch.bfloat16, device=device)
+    runs = []
+    for _ in range(2):
+        leaves = [x.requires_grad_() for x in lay_out(xs, source)]
+        runs.append(gradients(leaves, sequence_attention(leaves, layout)))
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+
+# Who sees whom
+
+
+def candidates(kind, device):
+    """The layout of BATCH, and for each sequence the slots of its response."""
+    layout, source = BATCH.lay_out(kind, device)
+    slots = [
+        torch.arange(last + 1 - count, last + 1, device=device)
+        for last, count in zip(layout.last_response.tolist(), layout.response_lengths.tolist(), strict=True)
+    ]
+    return layout, source, slots
+
+
+def with_other_keys(xs, slots, value=None):
+    """The projections with other keys and values in some slots."""
+    query, *rest = (x.clone() for x in xs)
+    for x in rest:
+        x[slots] = torch.randn_like(x[slots]) if value is None else value
+    return [query, *rest]
+
+
+@layouts
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf")], ids=["other", "nan", "inf"])
+def test_a_candidate_changes_no_other_bit(kind, value, device):
+    """Nor the prompt's, not even by NaN; nor what reaches the other responses' gradients."""
+    layout, source, slots = candidates(kind, device)
+    xs = lay_out(projections(BATCH.num_tokens, device=device), source)
+    clean = [x.detach().requires_grad_() for x in xs]
+    out = sequence_attention(clean, layout)
+    expected = gradients(clean, out)
+    for chosen in (0, 1, 4):
+        changed = [x.requires_grad_() for x in with_other_keys(xs, slots[chosen], value)]
+        result = sequence_attention(changed, layout)
+        others = torch.cat([x for b, x in enumerate(slots) if b != chosen])
+        assert torch.equal(result[others], out[others])
+        assert not torch.equal(result[slots[chosen]], out[slots[chosen]])
+        for x, y in zip(gradients(changed, result), expected, strict=True):
+            assert torch.equal(x[others], y[others])
+        prompts = layout.roles == 1
+        if kind != "shared":  # there, every sequence has a prompt of its own
+            start, stop = layout.ranges[chosen, :2].tolist()
+            prompts[start:stop] = False
+        assert torch.equal(result[prompts], out[prompts])
+
+
+def test_a_later_token_changes_no_earlier_bit_of_its_sequence(device):
+    layout, source, slots = candidates("packed", device)
+    xs = lay_out(projections(BATCH.num_tokens, device=device), source)
+    out = sequence_attention(xs, layout)
+    late = slots[0][40:]
+    result = sequence_attention(with_other_keys(xs, late), layout)
+    assert torch.equal(result[: late[0]], out[: late[0]])
+    assert not torch.equal(result[late], out[late])
+
+
+def test_a_prompt_learns_from_every_candidate(device):
+    """Its keys' gradient is the sum of those that the candidates give it one by one."""
+    xs = [x.requires_grad_() for x in projections(12, dtype=torch.float64, device=device)]
+    layout = SequenceLayout.shared_prompts([5], [[4, 1, 2]], device)
+    out = sequence_attention(xs, layout)
+    parts = []
+    for begin, stop in ((0, 5), (5, 9), (9, 10), (10, 12)):
+        grad = torch.zeros_like(out)
+        grad[begin:stop] = 1
+        parts.append(gradients(xs, sequence_attention(xs, layout), grad))
+    for x, *summands in zip(gradients(xs, out, torch.ones_like(out)), *parts, strict=True):
+        assert torch.allclose(x, sum(summands), atol=1e-12)
+    assert all(part[1][:5].any() for part in parts)
+
+
+# Malformed calls
+
+LAYOUT = SequenceLayout.packed([2, 1], [3, 2])  # 8 tokens, 5 of them of responses
+Q, KV = torch.zeros(8, 4, 6), torch.zeros(8, 2, 2, 6)
+K = KV[:, 0]
+QKV = torch.zeros(8, 3, 4, 6)
+X, W = torch.zeros(8, 6), torch.zeros(6)
+
+
+def attend_to(*xs, layout=LAYOUT, **options):
+    return sequence_attention(list(xs), layout, **options)
+
+
+SHARED = SequenceLayout.shared_prompts([3], [[2, 3]])
+MALFORMED = [
+    (lambda: attend_to(Q, K, K, layout=None), "layout: NoneType came, expected a SequenceLayout"),
+    (
+        lambda: attend_to(Q, K, K, queries="prompt"),
+        "queries: 'prompt' came, expected one of 'all', 'response'",
+    ),
+    (
+        lambda: attend_to(),
+        "projections: 0 came, expected a list of qkv, of query and key_value, or of query, key",
+    ),
+    (lambda: attend_to(Q, K, K, K), "projections: 4 came, expected a list"),
+    (lambda: sequence_attention(Q, LAYOUT), "projections: Tensor came, expected a list"),
+    (lambda: attend_to(None, K, K), r"query: NoneType came, expected a tensor \[N, H, e\]"),
+    (lambda: attend_to(X, K, K), r"query: shape \(8, 6\) came, expected \[N, H, e\]"),
+    (lambda: attend_to(Q.long(), K, K), "query: dtype torch.int64 came, expected float32"),
+    (lambda: attend_to(Q[:7], K, K), "query: 7 rows came, expected 8 for this layout"),
+    (lambda: attend_to(Q, K, K, queries="response"), "query: 8 rows came, expected 5 for this layout"),
+    (
+        lambda: attend_to(QKV, queries="response"),
+        "qkv: 8 rows came with queries='response', expected query and key_value apart",
+    ),
+    (lambda: attend_to(Q[None], K, K), r"query: shape \(1, 8, 4, 6\) came, expected \[N, H, e\]"),
+    (lambda: attend_to(Q, None, K), "key: NoneType came, expected a tensor"),
+    (lambda: attend_to(Q, K[:7], K), r"key: shape \(7, 2, 6\) came, expected \[8, 2, 6\]"),
+    (lambda: attend_to(Q, K[..., :5], K), r"key: shape \(8, 2, 5\) came, expected \[8, 2, 6\]"),
+    (lambda: attend_to(Q, K, K[:, :1]), r"value: shape \(8, 1, 6\) came, expected \[8, 2, 6\]"),
+    (
+        lambda: attend_to(Q, K, K.bfloat16()),
+        "value: dtype torch.bfloat16 came, expected torch.float32 as query",
+    ),
+    (lambda: attend_to(Q, K.double(), K), "key: dtype torch.float64 came with query of torch.float32"),
+    (lambda: attend_to(Q[:, :3], K, K), "key: 2 heads came, expected a divisor of the 3 query heads"),
+    (lambda: attend_to(Q[:, :0], K, K), "query: 0 heads came, expected at least one"),
+    (lambda: attend_to(Q, K[:, :0], K[:, :0]), "key: 0 heads came, expected a divisor of the 4 query heads"),
+    (lambda: attend_to(QKV[:, :, :0]), "qkv: 0 heads came, expected at least one"),
+    (lambda: attend_to(Q, KV[:, :1]), r"key_value: shape \(8, 1, 2, 6\) came, expected \[8, 2, 2, 6\]"),
+    (lambda: attend_to(Q, K), r"key_value: shape \(8, 2, 6\) came, expected \[T, 2, J, e\]"),
+    (lambda: attend_to(QKV[:, :2]), r"qkv: shape \(8, 2, 4, 6\) came, expected \[8, 3, 4, 6\]"),
+    (lambda: attend_to(Q), r"qkv: shape \(8, 4, 6\) came, expected \[T, 3, H, e\]"),
+    (lambda: attend_to(QKV[:7]), r"qkv: shape \(7, 3, 4, 6\) came, expected \[8, 3, 4, 6\]"),
+    (lambda: attend_to(*torch.zeros(3, 8, 1, 257)), "query: heads of 257 features came, expected 1 to 256"),
+    (lambda: attend_to(*torch.zeros(3, 8, 1, 0)), "query: heads of 0 features came, expected 1 to 256"),
+    (lambda: attend_to(Q.to("meta"), K, K), "query: on meta, but the layout is on cpu"),
+    (lambda: attend_to(Q, K.to("meta"), K), "key: on meta, but query is on cpu"),
+    (
+        lambda: attend_to(*torch.zeros(3, 8, 2, 6), layout=SHARED, causal=False),
+        "causal=False came with a prompt-shared",
+    ),
+    *(
+        (
+            lambda scale=scale: attend_to(Q, K, K, scale=scale),
+            f"scale: {scale!r} came, expected a finite number above 0",
+        )
+        for scale in (0.0, -1.0, float("nan"), float("inf"), "1", True)
+    ),
+    (lambda: residual_rms_norm(None, None, W), r"x: NoneType came, expected a tensor \[T, d\]"),
+    (lambda: residual_rms_norm(X[None], None, W), r"x: shape \(1, 8, 6\) came, expected \[T, d\]"),
+    (lambda: residual_rms_norm(X.int(), None, W), "x: dtype torch.int32 came, expected float32"),
+    (lambda: residual_rms_norm(X, None, W[:5]), r"weight: shape \(5,\) came, expected \[6\]"),
+    (
+        lambda: residual_rms_norm(X, None, W.double()),
+        "weight: dtype torch.float64 came with x of torch.float32",
+    ),
+    (lambda: residual_rms_norm(X, None, W.to("meta")), "weight: on meta, but x is on cpu"),
+    (lambda: residual_rms_norm(X, X[:7], W), r"update: shape \(7, 6\) came, expected \[8, 6\]"),
+    (
+        lambda: residual_rms_norm(X, X.half(), W),
+        "update: dtype torch.float16 came, expected torch.float32 as x",
+    ),
+    (lambda: residual_rms_norm(X, X.to("meta"), W), "update: on meta, but x is on cpu"),
+    (lambda: residual_rms_norm(X, X, W, -1e-6), "eps: -1e-06 came, expected a finite number at least 0"),
+    (lambda: residual_rms_norm(X, X, W, None), "eps: None came, expected a finite number"),
+    (lambda: swiglu(None), r"gate_up: NoneType came, expected a tensor \[T, 2f\]"),
+    (lambda: swiglu(X[:, :5]), r"gate_up: shape \(8, 5\) came, expected \[T, 2f\], an even last dimension"),
+    (lambda: swiglu(W), r"gate_up: shape \(6,\) came, expected \[T, 2f\]"),
+    (lambda: swiglu(X.bool()), "gate_up: dtype torch.bool came, expected float32"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), MALFORMED, ids=[message[:45] for _, message in MALFORMED])
+def test_a_malformed_call_names_its_argument(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# One operator each way
+
+
+def differentiable(*shape, device, dtype=torch.float32):
+    return torch.randn(*shape, dtype=torch.float64).to(device, dtype).requires_grad_()
+
+
+FORMS = {
+    "apart": lambda x, rows: [x(rows, 4, 8), x(9, 2, 8), x(9, 2, 8)],
+    "key_value": lambda x, rows: [x(rows, 4, 8), x(9, 2, 2, 8)],
+    "qkv": lambda x, rows: [x(9, 3, 2, 8)],
+}
+
+
+def small_call(form, kind, queries, device, dtype=torch.float32):
+    """Arguments of the operator on 9 tokens (padded: 3 of them padding)."""
+    if kind == "shared":
+        layout = SequenceLayout.shared_prompts([3], [[4, 2]], device)
+    else:
+        mask = torch.ones(1, 9, device=device)
+        mask[0, :3] = 0
+        response = (torch.arange(9, device=device) > 4).long()[None]
+        layout = SequenceLayout.padded(mask, response)
+    tables = layout.attention if queries == "all" else layout.response_attention
+    rows = 9 if queries == "all" else len(tables.rows)
+    xs = FORMS[form](lambda *shape: differentiable(*shape, device=device, dtype=dtype), rows)
+    return xs, layout, list(tables)
+
+
+@pytest.mark.parametrize(
+    ("form", "kind", "queries"),
+    [("apart", "shared", "all"), ("key_value", "shared", "response"), ("qkv", "padded", "all")],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_of_attention(form, kind, queries, dtype, device):
+    xs, layout, tables = small_call(form, kind, queries, device, dtype)
+    backend = ak.backends.choose_backend(device, "refinement").backend
+    args = (xs, tables, kind == "shared", 0.3, layout.kept is not None, backend)
+    torch.library.opcheck(torch.ops.adajudge.sequence_attention.default, args)
+
+
+ROW_OPERATORS = {
+    "rms_norm": lambda x, w: (x, w, 1e-6),
+    "residual_rms_norm": lambda x, w: (x, x.detach().flip(0).requires_grad_(), w, 1e-6),
+    "swiglu": lambda x, w: (x,),
+}
+
+
+@pytest.mark.parametrize("name", ROW_OPERATORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_of_norm_and_swiglu(name, dtype, device):
+    backend = ak.backends.choose_backend(device, "refinement").backend
+    args = ROW_OPERATORS[name](
+        differentiable(5, 12, device=device, dtype=dtype), differentiable(12, device=device)
+    )
+    torch.library.opcheck(getattr(torch.ops.adajudge, name).default, (*args, backend))
+
+
+@pytest.mark.parametrize(("form", "queries"), [("apart", "response"), ("key_value", "all"), ("qkv", "all")])
+def test_double_backward_is_a_clear_error(form, queries, device):
+    xs, layout, _ = small_call(form, "shared", queries, device)
+    out = sequence_attention(xs, layout, queries=queries)
+    (gradient,) = torch.autograd.grad((out * out).sum(), xs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"adajudge_kernels\.sequence_attention has no second derivative"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("queries", ["all", "response"])
+@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+def test_one_full_graph_serves_changing_lengths(queries, dynamic, device):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def call(query, key, value, layout):
+        return sequence_attention([query, key, value], layout, queries=queries) * 2
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend=counter)
+    for batch in (Batch((3, 0), ((4, 1), (5,))), Batch((9, 4), ((3,), (8, 2, 2))), Batch((2,), ((70, 3),))):
+        layout, _ = batch.lay_out("shared", device)
+        rows = slice(None) if queries == "all" else layout.response_attention.rows
+        query, key, value = projections(layout.num_tokens, size=8, device=device)
+        leaves, plain = (
+            [x.detach().clone().requires_grad_() for x in (query[rows], key, value)] for _ in range(2)
+        )
+        out, expected = compiled(*leaves, layout), call(*plain, layout)
+        assert torch.equal(out, expected)
+        for x, y in zip(gradients(leaves, out), gradients(plain, expected), strict=True):
+            assert torch.equal(x, y)
+    assert counter.frame_count <= 2  # one for the first shapes, one with symbolic shapes
