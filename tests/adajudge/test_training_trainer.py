@@ -166,7 +166,10 @@ def test_bf16_autocast_learns_as_fp32_does(trained, backbone, tmp_path, dtype):
     trainer = toy_trainer(model, tmp_path, toy_rows(), bf16=True, max_steps=16, learning_rate=1e-2)
     trainer.train()
     assert logged(trainer)[1] == pytest.approx(logged(trained)[1], rel=0.05)
-    assert logged(trainer)[16] < 0.1 * logged(trainer)[1]
+    last = [
+        logged(trainer)[step] for step in range(13, 17)
+    ]  # the learning rate is high: single steps scatter
+    assert sum(last) / 4 < 0.1 * logged(trainer)[1]
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
 
 
