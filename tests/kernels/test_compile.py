@@ -71,7 +71,7 @@ def test_forcing_another_backend_recompiles(device):
 @pytest.mark.parametrize("kind", ["padded_left", "padded_right", "packed", "shared"])
 def test_the_whole_head_compiles_to_one_graph(kind, device):
     layout, source = RAGGED.lay_out(kind, device)
-    head = ak.AdaJudgeHead(32, num_blocks=2).to(device)
+    head = ak.AdaJudgeHead(32, num_blocks=2, expert_hidden_size=16, router_hidden_size=16).to(device)
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     hidden = torch.randn(RAGGED.num_tokens, 32, device=device)[source.clamp(min=0)].requires_grad_()
