@@ -81,8 +81,8 @@ def available_backends() -> list[str]:
 def use_backend(backend: str, families: Collection[str] = FAMILIES) -> Iterator[None]:
     """Force `backend` for the operations of `families` in the block, in all threads of the process.
 
-    It takes precedence over the environment variable ``ADAJUDGE_BACKEND``. A call that the forced backend cannot
-    serve raises a ValueError.
+    Blocks must nest, those of several threads too. It takes precedence over the environment variable
+    ``ADAJUDGE_BACKEND``. A call that the forced backend cannot serve raises a ValueError.
 
     Args:
         backend: one of `available_backends`.

@@ -26,7 +26,12 @@ from adajudge_kernels.arguments import (
 from adajudge_kernels.experts.ops import CombinedReward, ExpertWeights, gated_expert_combination
 from adajudge_kernels.layout import SequenceLayout, TokenRole
 from adajudge_kernels.pooling.ops import PooledViews, depth_gate, multi_view_pool
-from adajudge_kernels.refinement.ops import residual_rms_norm, sequence_attention, swiglu
+from adajudge_kernels.refinement.ops import (
+    MAX_HEAD_SIZE,
+    residual_rms_norm,
+    sequence_attention,
+    swiglu,
+)
 
 __all__ = [
     "AdaJudgeHead",
@@ -67,8 +72,9 @@ class DepthGate(nn.Module):
 
 
 def default_num_heads(hidden_size: int) -> int:
-    """Heads of 128 features where they divide the width, else of 64 or 32, else one head."""
-    return next((hidden_size // size for size in (128, 64, 32) if hidden_size % size == 0), 1)
+    """Heads of 128 features where they divide the width, else of 64 or 32, else of the most below 128 that do."""
+    sizes = (128, 64, 32, *range(min(128, hidden_size), 0, -1))
+    return next(hidden_size // size for size in sizes if hidden_size % size == 0)
 
 
 class RefinementBlock(nn.Module):
@@ -99,6 +105,11 @@ class RefinementBlock(nn.Module):
         check_size("num_heads", heads, hidden_size)
         if hidden_size % heads:
             raise ValueError(f"num_heads: {heads} came, expected a divisor of hidden_size {hidden_size}")
+        if hidden_size // heads > MAX_HEAD_SIZE:
+            raise ValueError(
+                f"num_heads: {heads} came, which makes heads of {hidden_size // heads} features; expected at most "
+                f"{MAX_HEAD_SIZE}"
+            )
         width = hidden_size if intermediate_size is None else intermediate_size
         check_size("intermediate_size", width, MAX_WIDTH)
         self.num_heads, self.causal, self.eps = heads, causal, eps
@@ -161,9 +172,11 @@ class RefinementBlock(nn.Module):
             rows, own = (x.index_select(0, chosen) for x in (entered, normed))
             to_query, to_key_value = weight.tensor_split([self.qkv.in_features])
             projections = [F.linear(own, to_query), F.linear(normed, to_key_value)]
-        heads = [x.to(normed.dtype).unflatten(-1, (-1, self.num_heads, size)).squeeze(1) for x in projections]
+        # Under autocast the products, and attention with them, are in its dtype; the stream stays in its own.
+        heads = [x.unflatten(-1, (-1, self.num_heads, size)).squeeze(1) for x in projections]
         attended = sequence_attention(heads, layout, self.causal, queries=refined).flatten(1)
-        stream, normed = residual_rms_norm(rows, _product(attended, self.output), self.mlp_norm, self.eps)
+        update = _product(attended, self.output).to(rows.dtype)
+        stream, normed = residual_rms_norm(rows, update, self.mlp_norm, self.eps)
         update = _product(swiglu(_product(normed, self.gate_up)), self.down)
         return Unsettled(entered, stream, update, refined)
 

@@ -138,9 +138,17 @@ def tune_attention(
             print(f"attention {name}: {reason}")
             continue
         with libraries.use_attention(name):
-            times[name] = measure(
-                lambda: torch.autograd.grad(sequence_attention([states], layout), states, grad)
-            )
+            try:
+                times[name] = measure(
+                    lambda: torch.autograd.grad(sequence_attention([states], layout), states, grad)
+                )
+            except (
+                Exception
+            ) as error:  # not built for this GPU, another head size ..: each has its own classes
+                if name == libraries.OWN:
+                    raise
+                print(f"attention {name}: {type(error).__name__} {(str(error).splitlines() or [''])[0]}")
+                continue
         print(f"attention {name}: {times[name]:.4f} ms")
     best = min(times, key=lambda name: times[name])
     return best if times[best] < _WORTH * times[libraries.OWN] else libraries.OWN

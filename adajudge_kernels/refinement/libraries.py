@@ -52,7 +52,7 @@ _forced: str | None = None
 
 @contextmanager
 def use_attention(name: str) -> Iterator[None]:
-    """Force whose attention runs inside sequences in the block, in all threads of the process.
+    """Force whose attention runs inside sequences in the block, in all threads of the process (whose blocks must nest).
 
     Args:
         name: ``"adajudge"``, or a library: ``"flash-attn-4"``, ``"flash-attn-3"``, ``"flash-attn-2"``,
@@ -94,6 +94,12 @@ def _function(name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(library.module), library.function)
 
 
+def is_deterministic(name: str) -> bool:
+    """Whether a library's backward can be asked to give the same bits in every run, or has been by a flag of torch."""
+    asked = torch.are_deterministic_algorithms_enabled() and name == "torch-varlen"
+    return asked or "deterministic" in inspect.signature(_function(name)).parameters
+
+
 def unserved_reason(name: str, query: Tensor, layout: SequenceLayout, queries: str) -> str | None:
     """Why a library cannot serve a call, or None if it can."""
     if name == OWN:
@@ -126,9 +132,11 @@ def choose_attention(query: Tensor, layout: SequenceLayout, queries: str) -> Cho
     if not query.is_cuda or torch.compiler.is_compiling():
         return Choice(OWN, "it serves every layout")
     fastest = measured_attention().get(key(query.shape[-1], query.dtype), OWN)
-    if unavailable_reason(fastest) is None and unserved_reason(fastest, query, layout, queries) is None:
-        return Choice(fastest, "measured to be the fastest here")
-    return Choice(OWN, "it serves every layout")
+    if fastest == OWN or unavailable_reason(fastest) or unserved_reason(fastest, query, layout, queries):
+        return Choice(OWN, "it serves every layout")
+    if torch.is_grad_enabled() and not is_deterministic(fastest):
+        return Choice(OWN, f"the backward of {fastest} may differ from run to run")
+    return Choice(fastest, "measured to be the fastest here")
 
 
 def _forced_choice(name: str, source: str, query: Tensor, layout: SequenceLayout, queries: str) -> Choice:

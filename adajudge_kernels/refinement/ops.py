@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from adajudge_kernels import backends
-from adajudge_kernels.arguments import check_choice, check_float, check_layout, check_like, check_number
+from adajudge_kernels.arguments import (
+    MAX_FEATURES,
+    check_choice,
+    check_float,
+    check_layout,
+    check_like,
+    check_number,
+)
 from adajudge_kernels.layout import SequenceLayout
 from adajudge_kernels.refinement.libraries import OWN, attend, choose_attention
 from adajudge_kernels.registration import arithmetic_dtype, fresh, operator
@@ -46,6 +53,8 @@ def residual_rms_norm(
         ValueError: an argument of the wrong shape, dtype or device; it names the argument.
     """
     check_float("x", x, 2, "[T, d]")
+    if not 1 <= x.shape[1] <= MAX_FEATURES:
+        raise ValueError(f"x: {x.shape[1]} features came, expected 1 to {MAX_FEATURES}")
     check_like("weight", weight, (x.shape[1],), x, "x")
     check_number("eps", eps, 0.0)
     if update is None:

@@ -132,6 +132,7 @@ def wide_rms_norm_backward(
             part = grad_weight_parts + chunk * D + columns
             before = tl.load(part, mask=(columns < D) & (step > 0), other=0.0)
             tl.store(part, before + tl.sum(g * n, axis=0), mask=columns < D)
+        tl.debug_barrier()  # what a thread has stored, another may load in the next step
 
 
 @triton.jit

@@ -46,12 +46,29 @@ def attention_arguments(backbone: PreTrainedModel, layout: SequenceLayout) -> di
     config = backbone.config.get_text_config(decoder=True)
     check_keeps_apart(backbone, config)
     if reads_no_padding(config):
+        # Some decoders put their window in the mask only, which this attention never sees.
+        window = window_in_force(config)
+        if window is not None and window < layout.max_length:
+            raise ValueError(
+                f"attn_implementation {backbone_attention.NAME!r} cannot serve {config.model_type!r}: a sliding window of "
+                f"{window} tokens, shorter than a sequence of {layout.max_length}. Expected another "
+                "attn_implementation, e.g. 'sdpa' or 'eager'"
+            )
         return {"attention_mask": None, backbone_attention.LAYOUT_ARGUMENT: layout}
     if layout.shares_prompts:
         return {"attention_mask": prepared_masks(layout, config, backbone.dtype)}
     # A mask of ones would let packed sequences leak into each other.
     lengths = layout.prompt_lengths + layout.response_lengths
     return {"attention_mask": None} | flash_arguments(config, lengths)
+
+
+def window_in_force(config: PreTrainedConfig) -> int | None:
+    """The sliding window of some or all layers of a text configuration; None if no layer has one."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds and _WINDOWED not in kinds:
+        return None
+    window: int | None = getattr(config, "sliding_window", None)
+    return window
 
 
 def tree_mask(layout: SequenceLayout, window: int | None = None) -> Tensor:

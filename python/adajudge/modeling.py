@@ -278,6 +278,11 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
                 input_ids, inputs_embeds, attention_mask, response_mask, position_ids
             )
             if reads_no_padding(self.config):
+                if options.get("token_type_ids") is not None:
+                    raise ValueError(
+                        "token_type_ids came, and attn_implementation 'adajudge' reads token ids and positions only; "
+                        "expected another attn_implementation, e.g. 'sdpa'"
+                    )
                 # Positions of a caller's own may differ between rows, and a prompt with them.
                 alike = position_ids is None and self.config.causal_refinement
                 alike = alike and not reads_lengths_apart(self.backbone)

@@ -246,9 +246,7 @@ def test_a_backbone_on_its_own_is_told_what_to_do():
 @pytest.mark.parametrize("family", ["mistral", "gemma3"])
 def test_a_window_shorter_than_a_sequence_is_refused(family, kind):
     model = random_judge(family, "adajudge")
-    with pytest.raises(
-        ValueError, match=rf"Attention wants: a sliding window of \d tokens, .* {LONGEST}\. .*sdpa"
-    ):
+    with pytest.raises(ValueError, match=rf"a sliding window of \d tokens, .* {LONGEST}\. .*sdpa"):
         model(**inputs(token_ids(), kind))
 
 
@@ -307,3 +305,33 @@ def test_a_layer_that_is_not_causal_is_refused():
     layer.is_causal = False
     with pytest.raises(ValueError, match="bidirectional attention"):
         layout_attention(layer, states, states, states, None, adajudge_layout=SequenceLayout.packed([2], [3]))
+
+
+@pytest.mark.parametrize("kind", ["shared", "padded_left"])
+def test_a_window_that_only_the_mask_knows_is_refused(kind):
+    """Some decoders tell their attention layers nothing of it."""
+    from transformers import PhimoeConfig
+
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "pad_token_id": 0,
+    }
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2}
+    for window, refused in ((3, True), (LONGEST, False)):
+        judge = random_judge("phimoe", "adajudge", PhimoeConfig(**sizes, **heads, sliding_window=window))
+        if refused:
+            with pytest.raises(
+                ValueError, match="'phimoe': a sliding window of 3 tokens, shorter than a sequence"
+            ):
+                judge(**inputs(token_ids(), kind))
+        else:
+            judge(**inputs(token_ids(), kind))
+
+
+def test_token_types_are_refused():
+    batch = inputs(token_ids(), "padded_left")
+    with pytest.raises(ValueError, match="token_type_ids came"):
+        wide_judge("qwen3")(**batch, token_type_ids=torch.zeros_like(batch["input_ids"]))

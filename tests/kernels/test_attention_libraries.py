@@ -200,3 +200,32 @@ def test_a_module_without_the_function_is_not_available(monkeypatch):
     libraries._function.cache_clear()
     assert "AttributeError" in libraries.unavailable_reason("flash-attn-3")
     libraries.unavailable_reason.cache_clear()
+
+
+@pytest.mark.usefixtures("file")
+def test_a_library_that_fails_is_passed_over(stand_ins, capsys):
+    def broken(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False):
+        raise RuntimeError("no kernel image for this GPU")
+
+    stand_ins["flash-attn-2"] = broken
+    times = iter([2.0, 1.0])
+
+    def measure(call):
+        call()
+        return next(times)
+
+    best = tune.tune_attention(2, 16, torch.float32, 11, torch.device("cpu"), measure)
+    assert best == "torch-varlen"
+    assert "flash-attn-2: RuntimeError no kernel image" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_backward_that_may_differ_from_run_to_run_is_not_chosen_by_itself(monkeypatch):
+    monkeypatch.setattr(libraries, "measured_attention", lambda: {"attention e=8 bfloat16": "torch-varlen"})
+    query = types.SimpleNamespace(
+        is_cuda=True, dtype=torch.bfloat16, shape=(21, 4, 8), device=torch.device("cuda")
+    )
+    assert libraries.choose_attention(query, PACKED, "all").backend == libraries.OWN
+    with torch.no_grad():
+        assert libraries.choose_attention(query, PACKED, "all").backend == "torch-varlen"
+    assert libraries.is_deterministic("flash-attn-2")

@@ -211,3 +211,36 @@ def test_the_last_block_computes_no_query_and_no_mlp_for_prompts(device):
         block(torch.randn(57, 24, device=device), layout, "response")
     products = [e.input_shapes[0][0] for e in profile.events() if e.name == "aten::mm"]
     assert sorted(products) == [7, 7, 7, 7, 57]  # query, output, gate and up, down; key and value
+
+
+@pytest.mark.parametrize(("d", "heads"), [(24, 1), (96, 3), (257, 257), (300, 3), (1000, 8), (4096, 32)])
+def test_every_width_has_heads_that_attention_serves(d, heads):
+    assert ak.RefinementBlock(d).num_heads == heads
+    layout = ak.SequenceLayout.packed([1], [2])
+    assert ak.RefinementBlock(d, intermediate_size=8)(torch.zeros(3, d), layout).shape == (3, d)
+
+
+def test_heads_that_attention_cannot_serve_are_refused_at_once():
+    with pytest.raises(
+        ValueError, match="num_heads: 2 came, which makes heads of 512 features; expected at most 256"
+    ):
+        ak.AdaJudgeHead(1024, num_heads=2)
+
+
+def test_under_autocast_attention_is_in_its_dtype(device, monkeypatch):
+    from adajudge_kernels import layers
+
+    seen = []
+
+    def spy(projections, *args, **options):
+        seen.append(projections[0].dtype)
+        return attend(projections, *args, **options)
+
+    attend = layers.sequence_attention
+    monkeypatch.setattr(layers, "sequence_attention", spy)
+    layout, _ = RAGGED.lay_out("packed", device)
+    hidden = torch.randn(layout.num_tokens, 24, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        out = ak.RefinementBlock(24).to(device)(hidden, layout)
+    assert seen == [torch.bfloat16]
+    assert out.dtype == torch.float32
