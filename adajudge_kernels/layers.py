@@ -140,8 +140,8 @@ class RefinementBlock(nn.Module):
     ) -> Tensor | Unsettled:
         """``[T, d] -> [T, d]``; rows of padding come out as zero.
 
-        In a chain of blocks, a block's last addition is done by the next block's first norm, on the way: each but the
-        last is called with ``settled=False``, and what it returns is the next one's `hidden` and `update`.
+        In a chain of blocks, a block's last addition is done by the next block's first norm, on the way: called with
+        ``settled=False``, a block returns its parts, of which two are the next one's `hidden` and `update`.
 
         Args:
             hidden: H_{k-1}, or what `update` is to be added to.
@@ -172,13 +172,13 @@ class RefinementBlock(nn.Module):
             rows, own = (x.index_select(0, chosen) for x in (entered, normed))
             to_query, to_key_value = weight.tensor_split([self.qkv.in_features])
             projections = [F.linear(own, to_query), F.linear(normed, to_key_value)]
-        # Under autocast the products, and attention with them, are in its dtype; the stream stays in its own.
+        # Under autocast the products and what is between them are in its dtype; the stream stays in its own.
         heads = [x.unflatten(-1, (-1, self.num_heads, size)).squeeze(1) for x in projections]
         attended = sequence_attention(heads, layout, self.causal, queries=refined).flatten(1)
         update = _product(attended, self.output).to(rows.dtype)
         stream, normed = residual_rms_norm(rows, update, self.mlp_norm, self.eps)
         update = _product(swiglu(_product(normed, self.gate_up)), self.down)
-        return Unsettled(entered, stream, update, refined)
+        return Unsettled(entered, stream, update.to(stream.dtype), refined)
 
 
 class Unsettled(NamedTuple):
@@ -210,7 +210,7 @@ def _without_padding_values(hidden: Tensor, layout: SequenceLayout) -> Tensor:
 
 
 def _product(x: Tensor, layer: nn.Linear) -> Tensor:
-    return F.linear(x, layer.weight.to(x.dtype)).to(x.dtype)
+    return F.linear(x, layer.weight.to(x.dtype))
 
 
 class DepthGatedRefinement(nn.Module):

@@ -142,9 +142,8 @@ def tune_attention(
                 times[name] = measure(
                     lambda: torch.autograd.grad(sequence_attention([states], layout), states, grad)
                 )
-            except (
-                Exception
-            ) as error:  # not built for this GPU, another head size ..: each has its own classes
+            # Not built for this GPU, another head size ..: each library has its own classes.
+            except Exception as error:
                 if name == libraries.OWN:
                     raise
                 print(f"attention {name}: {type(error).__name__} {(str(error).splitlines() or [''])[0]}")

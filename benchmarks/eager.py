@@ -13,7 +13,8 @@ def eager_head(head, hidden, attention_mask, response_mask):
     real, response = attention_mask.bool(), (response_mask * attention_mask).bool()
     prompt = real & ~response
     context = masked_mean(hidden, real)
-    depth_weights = torch.softmax(F.linear(context, *gate_weights(head)), dim=1)
+    gate = head.refinement.gate
+    depth_weights = torch.softmax(F.linear(context, gate.weight, gate.bias), dim=1)
     prompt_mean = masked_mean(hidden, prompt)
     states = []
     for block in head.refinement.blocks:
@@ -30,10 +31,6 @@ def eager_head(head, hidden, attention_mask, response_mask):
         (beta[:, :, None] * refined).sum(dim=1),
     ]
     return eager_experts(head.experts, views, prompt_mean)
-
-
-def gate_weights(head):
-    return head.refinement.gate.weight, head.refinement.gate.bias
 
 
 def masked_mean(hidden, mask):

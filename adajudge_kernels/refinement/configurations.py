@@ -14,15 +14,14 @@ from adajudge_kernels.tables import CHUNK_TOKENS
 
 
 class AttentionStep(NamedTuple):
-    """Queries and keys of one step (powers of two), and what runs it."""
+    """Queries and keys of one step (powers of two), and what runs it: warps, stages, and how many registers a thread may
+    use (None leaves that to the compiler, which may spill to use fewer)."""
 
     queries: int
     keys: int
     warps: int
     stages: int = 1
-    registers: int | None = (
-        None  # a thread may use; None leaves it to the compiler, which may spill to use fewer
-    )
+    registers: int | None = None
 
 
 # By kernel, and the widest head that the step is for.

@@ -100,7 +100,9 @@ def test_given_positions_are_taken_and_those_of_padding_are_not(attention):
     real = batch["attention_mask"]
     counted = (real.cumsum(1) - 1).masked_fill(real == 0, 1000)
     expected = model(**batch).logits
-    assert torch.allclose(model(**batch, position_ids=counted).logits, expected, atol=1e-5)
+    # Without positions of their own, equal prompts are read once by our attention: the same up to rounding.
+    rounding = 1e-5 if attention == "adajudge" else 0.0
+    assert torch.allclose(model(**batch, position_ids=counted).logits, expected, atol=rounding, rtol=0)
     assert not torch.allclose(model(**batch, position_ids=counted * 2 * real).logits, expected, atol=1e-3)
     with pytest.raises(ValueError, match=r"a sequence of 67 tokens came, but .* end at 64"):
         model(**batch, position_ids=counted + 50)
