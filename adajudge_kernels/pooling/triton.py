@@ -22,6 +22,7 @@ from adajudge_kernels.launches import (
     power_of_2,
     sum_rows,
 )
+from adajudge_kernels.pooling import backward_kernels
 from adajudge_kernels.pooling import triton_kernels as kernels
 from adajudge_kernels.pooling.configurations import COMBINED_CHUNKS, Tile, tile, widest_row
 from adajudge_kernels.registration import arithmetic_dtype
@@ -270,7 +271,7 @@ def _views_backward(
             _dots(
                 states, alpha, weight, bias, tables, all_views, response_only, logits, attention, pooled, dots
             )
-        kernels.scan_backward[(chunks, blocks)](
+        backward_kernels.scan_backward[(chunks, blocks)](
             states,
             tuple(dstates),
             alpha,
@@ -300,7 +301,7 @@ def _views_backward(
         )
         if shared:
             spread = tile("spread_attention", d, depths, states[0].dtype)
-            kernels.spread_attention[(tables.group_chunks.shape[0], parts(d, spread.block))](
+            backward_kernels.spread_attention[(tables.group_chunks.shape[0], parts(d, spread.block))](
                 tuple(dstates),
                 alpha,
                 weight,
@@ -316,7 +317,7 @@ def _views_backward(
         else:
             _zero_padding(dstates, tables)
         if all_views:
-            kernels.sum_alpha_parts[(batch,)](
+            backward_kernels.sum_alpha_parts[(batch,)](
                 dalpha_parts,
                 tables.sequences,
                 dalpha,
@@ -448,7 +449,7 @@ def _spread_means(
     out = given.new_empty(tables.roles.shape[0], d, dtype=dtype)
     plan = tile("spread_means", d, 1, dtype)
     with device_of(out):
-        kernels.spread_means[(tables.group_chunks.shape[0], parts(d, plan.block))](
+        backward_kernels.spread_means[(tables.group_chunks.shape[0], parts(d, plan.block))](
             *(given if x is None else x for x in grads),
             tables.roles,
             tables.sequences,
@@ -468,7 +469,7 @@ def _spread_means(
 
 def _zero_padding(outputs: list[Tensor], tables: LayoutTables) -> None:
     tokens, d = outputs[0].shape
-    kernels.zero_padding[(parts(tokens, CHUNK_TOKENS),)](
+    backward_kernels.zero_padding[(parts(tokens, CHUNK_TOKENS),)](
         tuple(outputs),
         tables.roles,
         tokens,
