@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import torch
 
+from adajudge_kernels import compiled
+
 __all__ = [
     "BACKENDS",
     "FAMILIES",
@@ -36,8 +38,9 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 FAMILIES = ("pooling", "refinement", "experts", "loss")
 
-# The operation families that a backend serves, each by a module of the backend's name in the family's folder.
-SERVED = {"reference": FAMILIES, "triton": FAMILIES}
+# The operation families that a backend serves, each by a module in the family's folder.
+SERVED: dict[str, tuple[str, ...]] = {"reference": FAMILIES, "cpu": (), "triton": FAMILIES}
+_MODULES = {"reference": "reference", "cpu": "native", "triton": "triton", "cuda": "native"}
 
 _TRITON_FOUND = importlib.util.find_spec("triton") is not None
 _TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # triton reads it when it is imported
@@ -61,6 +64,8 @@ def unavailable_reason(backend: str, family: str | None = None) -> str | None:
         return f"unknown backend {backend!r}; the backends are {', '.join(BACKENDS)}"
     if backend not in SERVED:
         return f"this version of adajudge_kernels has no {backend} kernels"
+    if backend == "cpu" and compiled.missing is not None:
+        return compiled.missing
     if backend == "triton":
         if not _TRITON_FOUND:
             return "triton is not installed"
@@ -109,8 +114,8 @@ def use_backend(backend: str, families: Collection[str] = FAMILIES) -> Iterator[
 def choose_backend(device: torch.device, family: str) -> Choice:
     """The backend that serves operations of `family` on tensors of `device`.
 
-    Order: `use_backend`, the environment variable, the automatic choice: Triton on CUDA where it is installed, else
-    the reference.
+    Order: `use_backend`, the environment variable, the automatic choice: Triton on CUDA and the compiled kernels on the
+    CPU where they are installed, else the reference.
 
     Raises:
         ValueError: a forced backend is unknown or cannot serve the call.
@@ -125,6 +130,8 @@ def choose_backend(device: torch.device, family: str) -> Choice:
         return Choice(_servable(source, named, device, family), f"forced by {ENVIRONMENT_VARIABLE}")
     if device.type == "cuda" and _TRITON_FOUND and family in SERVED["triton"]:
         return Choice("triton", "the fastest for cuda tensors")
+    if device.type == "cpu" and compiled.missing is None and family in SERVED["cpu"]:
+        return Choice("cpu", "the fastest for cpu tensors")
     return Choice("reference", f"no faster {family} kernels are here for {device.type} tensors")
 
 
@@ -133,6 +140,8 @@ def _servable(source: str, backend: str, device: torch.device, family: str) -> s
     reason = unavailable_reason(backend, family)
     if reason is None and backend == "triton" and device.type != "cuda" and not _TRITON_INTERPRETED:
         reason = f"it serves cuda tensors, and these are on {device.type}"
+    if reason is None and backend == "cpu" and device.type != "cpu":
+        reason = f"it serves cpu tensors, and these are on {device.type}"
     if reason is not None:
         raise ValueError(f"{source}: {reason}")
     return backend
@@ -141,7 +150,7 @@ def _servable(source: str, backend: str, device: torch.device, family: str) -> s
 @functools.cache
 def load(family: str, backend: str) -> ModuleType:
     """The module that serves the operations of `family` (e.g. ``"pooling"``) under `backend`."""
-    return importlib.import_module(f"adajudge_kernels.{family}.{backend}")
+    return importlib.import_module(f"adajudge_kernels.{family}.{_MODULES[backend]}")
 
 
 def log_once(operation: str, backend: str) -> None:

@@ -129,7 +129,7 @@ sys.modules["triton"] = None
 import torch
 import adajudge_kernels as ak
 from adajudge_kernels import backends, env, tune
-assert ak.available_backends() == ["reference"], ak.available_backends()
+assert "triton" not in ak.available_backends()
 assert "triton is not installed" in backends.unavailable_reason("triton")
 assert backends.choose_backend(torch.device("cuda"), "pooling").backend == "reference"
 layout = ak.SequenceLayout.packed([1], [2])

@@ -1,0 +1,115 @@
+"""The pooling operations on the compiled kernels: outputs made here, everything else in `csrc/cpu/pooling*.cpp`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adajudge_kernels import compiled
+from adajudge_kernels.compiled import address, as_arithmetic, dtype_code, layout_of
+from adajudge_kernels.registration import arithmetic_dtype
+from adajudge_kernels.tables import LayoutTables
+
+
+def depth_gate_forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor, tables: LayoutTables, max_length: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``alpha [B, K]``, ``z_P [B, d]`` and the context ``c [B, d]``."""
+    acc, batch, (depths, d) = arithmetic_dtype(hidden.dtype), tables.sequences.shape[0], weight.shape
+    alpha = hidden.new_empty(batch, depths, dtype=acc)
+    prompt_mean, context = (hidden.new_empty(batch, d, dtype=acc) for _ in range(2))
+    weight, bias = as_arithmetic(weight, acc), as_arithmetic(bias, acc)
+    _means(hidden, tables, prompt=prompt_mean, everything=context)
+    compiled.module.depth_weights(
+        dtype_code(acc), batch, d, depths, address(context), address(weight), address(bias), address(alpha)
+    )
+    return alpha, prompt_mean, context
+
+
+def masked_mean_pool_forward(hidden: Tensor, tables: LayoutTables, max_length: int, which: str) -> Tensor:
+    """Mean over the tokens that `which` names, ``[B, d]``; zero where there are none."""
+    acc = arithmetic_dtype(hidden.dtype)
+    pooled = hidden.new_empty(tables.sequences.shape[0], hidden.shape[1], dtype=acc)
+    _means(hidden, tables, **{"everything" if which == "all" else which: pooled})
+    return pooled
+
+
+def multi_view_pool_forward(
+    states: list[Tensor],
+    depth_weights: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    tables: LayoutTables,
+    max_length: int,
+    response_only: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``z_L, z_M, z_A``, each ``[B, d]``, and the log-sum-exp ``[B]`` of the attention view."""
+    acc, shape = arithmetic_dtype(states[0].dtype), (tables.sequences.shape[0], states[0].shape[1])
+    last, mean = (states[0].new_empty(shape, dtype=acc) for _ in range(2))
+    attention, log_sum_exp = _views(states, depth_weights, weight, bias, tables, response_only, last, mean)
+    return last, mean, attention, log_sum_exp
+
+
+def attention_pool_forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor, tables: LayoutTables, max_length: int, response_only: bool
+) -> tuple[Tensor, Tensor]:
+    """``z_A [B, d]`` of one state, and the log-sum-exp ``[B]``."""
+    return _views([hidden], None, weight, bias, tables, response_only)
+
+
+def _views(
+    states: Sequence[Tensor],
+    depth_weights: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    tables: LayoutTables,
+    response_only: bool,
+    last: Tensor | None = None,
+    mean: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The attention view and its log-sum-exp; the other two where they have a place to go to."""
+    states = [x.contiguous() for x in states]
+    first = states[0]
+    acc, batch, d = arithmetic_dtype(first.dtype), tables.sequences.shape[0], first.shape[1]
+    alpha = None if depth_weights is None else as_arithmetic(depth_weights, acc)
+    weight, bias = as_arithmetic(weight, acc), as_arithmetic(bias, acc)
+    attention, log_sum_exp = first.new_empty(batch, d, dtype=acc), first.new_empty(batch, dtype=acc)
+    compiled.module.views(
+        dtype_code(first.dtype),
+        torch.get_num_threads(),
+        layout_of(tables),
+        d,
+        response_only,
+        [x.data_ptr() for x in states],
+        address(alpha),
+        address(weight),
+        address(bias),
+        address(last),
+        address(mean),
+        address(attention),
+        address(log_sum_exp),
+    )
+    return attention, log_sum_exp
+
+
+def _means(
+    hidden: Tensor,
+    tables: LayoutTables,
+    prompt: Tensor | None = None,
+    response: Tensor | None = None,
+    everything: Tensor | None = None,
+) -> None:
+    """Write the means that have a place to go to."""
+    hidden = hidden.contiguous()
+    compiled.module.means(
+        dtype_code(hidden.dtype),
+        torch.get_num_threads(),
+        layout_of(tables),
+        hidden.shape[1],
+        address(hidden),
+        address(prompt),
+        address(response),
+        address(everything),
+    )

@@ -1,0 +1,87 @@
+// The compiled module `adajudge_kernels._native`: the kernels' calls as Python functions. Tensors come as addresses
+// (integers, 0 for none); who calls has checked them. The interpreter's lock is released while a kernel runs.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+using namespace adajudge;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+void* at(Address address) { return reinterpret_cast<void*>(address); }
+
+std::vector<void*> at(const std::vector<Address>& addresses) {
+    std::vector<void*> pointers;
+    for (Address address : addresses) pointers.push_back(at(address));
+    return pointers;
+}
+
+Layout layout_at(Address roles, Address sequences, Address chunks, Address groups, Address group_chunks, int64_t num_tokens,
+                 int64_t num_sequences, int64_t num_chunks, int64_t num_groups, int64_t num_group_chunks) {
+    return {static_cast<const int8_t*>(at(roles)),
+            static_cast<const int32_t*>(at(sequences)),
+            static_cast<const int32_t*>(at(chunks)),
+            static_cast<const int32_t*>(at(groups)),
+            static_cast<const int32_t*>(at(group_chunks)),
+            num_tokens, num_sequences, num_chunks, num_groups, num_group_chunks};
+}
+
+void define_levels(py::module_& m) {
+    m.def("level", &level, "The instruction set in use.");
+    m.def("levels", [] {
+        std::vector<std::string> names;
+        for (const char* const* name = levels(); *name; ++name) names.emplace_back(*name);
+        return names;
+    }, "The instruction sets that this processor has, the fastest first.");
+    m.def("use_level", [](const std::string& name) {
+        if (!use_level(name.c_str())) throw py::value_error("this processor has no " + name);
+    }, py::arg("name"), "Run on another instruction set.");
+}
+
+void define_pooling(py::module_& m) {
+    py::class_<Layout>(m, "Layout", "Addresses and sizes of adajudge_kernels.tables.LayoutTables.")
+        .def(py::init(&layout_at), py::arg("roles"), py::arg("sequences"), py::arg("chunks"), py::arg("groups"),
+             py::arg("group_chunks"), py::arg("num_tokens"), py::arg("num_sequences"), py::arg("num_chunks"),
+             py::arg("num_groups"), py::arg("num_group_chunks"));
+    m.def("means", [](Dtype dtype, int threads, const Layout& layout, int64_t features, Address hidden, Address prompt,
+                      Address response, Address all) {
+        const Means call{dtype, threads, layout, features, at(hidden), at(prompt), at(response), at(all)};
+        py::gil_scoped_release unlocked;
+        means(call);
+    });
+    m.def("depth_weights", [](Dtype dtype, int64_t num_sequences, int64_t features, int64_t depths, Address context,
+                              Address weight, Address bias, Address alpha) {
+        const DepthWeights call{dtype, num_sequences, features, depths, at(context), at(weight), at(bias), at(alpha)};
+        py::gil_scoped_release unlocked;
+        depth_weights(call);
+    });
+    m.def("views", [](Dtype dtype, int threads, const Layout& layout, int64_t features, bool response_only,
+                      const std::vector<Address>& states, Address alpha, Address weight, Address bias, Address last,
+                      Address mean, Address attention, Address log_sum_exp) {
+        const std::vector<void*> pointers = at(states);
+        const Views call{dtype, threads, layout, features, static_cast<int64_t>(pointers.size()), response_only,
+                         pointers.data(), at(alpha), at(weight), at(bias), at(last), at(mean), at(attention),
+                         at(log_sum_exp)};
+        py::gil_scoped_release unlocked;
+        views(call);
+    });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+    m.doc() = "Compiled kernels of adajudge_kernels; called by its native.py files.";
+    py::enum_<Dtype>(m, "Dtype")
+        .value("float64", Dtype::float64)
+        .value("float32", Dtype::float32)
+        .value("bfloat16", Dtype::bfloat16)
+        .value("float16", Dtype::float16);
+    define_levels(m);
+    define_pooling(m);
+}

@@ -1,0 +1,52 @@
+// Work cut into pieces for OpenMP's threads, and scratch memory. A piece's result must not depend on its thread.
+#pragma once
+
+#include <omp.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <new>
+
+namespace {
+
+// Threads worth their waking: one per so many numbers that are read or written.
+constexpr int64_t NUMBERS_PER_THREAD = 1 << 15;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
+inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+inline int threads_for(int64_t numbers, int64_t pieces, int threads) {
+    return static_cast<int>(larger(1, smaller(threads, smaller(pieces, numbers / NUMBERS_PER_THREAD))));
+}
+
+// body(piece, thread) for every piece, on `threads` threads. One thread is the caller itself: no pool is touched then,
+// which is what a process forked from one with a pool needs.
+template <class Body>
+void parallel_for(int64_t pieces, int threads, Body body) {
+    if (threads <= 1) {
+        for (int64_t piece = 0; piece < pieces; ++piece) body(piece, 0);
+        return;
+    }
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t piece = 0; piece < pieces; ++piece) body(piece, omp_get_thread_num());
+}
+
+// Uninitialised memory from a cache line's boundary on. Made before threads start: they have nobody to throw to.
+template <class A>
+class Scratch {
+public:
+    explicit Scratch(int64_t count)
+        : data_(static_cast<A*>(::operator new[](static_cast<std::size_t>(count) * sizeof(A), LINE))) {}
+    ~Scratch() { ::operator delete[](data_, LINE); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    A* row(int64_t index, int64_t width) const { return data_ + index * width; }
+    A* data() const { return data_; }
+
+private:
+    static constexpr std::align_val_t LINE{64};
+    A* data_;
+};
+
+}  // namespace

@@ -1,0 +1,241 @@
+// Pooling forward: one scan over the states, chunk by chunk, several views; then the chunks of each sequence in order.
+#include "pooling.h"
+
+#include <cmath>
+
+namespace adajudge::ADAJUDGE_LEVEL {
+namespace {
+
+constexpr int TILE = 4;                // tokens whose rows are added to a view together, while they are in the cache
+constexpr int64_t COMBINED = 512;      // features that a thread combines at once
+
+template <class T>
+struct Scan {
+    using A = arithmetic<T>;
+    const Views& call;
+    const T* states[MAX_DEPTHS];
+    const A *alpha, *weight;
+    A bias;
+    // Per chunk: the sum over its response tokens and the attention-weighted sum [N, d], the largest logit and the sum
+    // of exp(logit - largest) [N].
+    A *sums, *weighted, *tops, *totals;
+
+    // h = sum_k alpha_k H_k of one token, and w . h.
+    template <int K>
+    A mix(int64_t slot, const A* depth_weights, A* h) const {
+        const int64_t d = call.features;
+        const T* rows[K];
+        Lanes<A> a[K];
+        for (int k = 0; k < K; ++k) {
+            rows[k] = states[k] + slot * d;
+            a[k] = broadcast<Lanes<A>>(depth_weights[k]);
+        }
+        auto logit = broadcast<Lanes<A>>(A(0));
+        for_lanes(0, d, [&](int64_t j, auto n) {
+            Lanes<A> x = load(rows[0] + j, n) * a[0];
+            for (int k = 1; k < K; ++k) x += load(rows[k] + j, n) * a[k];
+            logit += x * load(weight + j, n);
+            store(h + j, x, All{});  // rows of h are whole lanes wide
+        });
+        return sum<A>(logit);
+    }
+
+    A mix(int64_t slot, const A* depth_weights, A* h) const {
+        switch (call.depths) {
+            case 1: return mix<1>(slot, depth_weights, h);
+            case 2: return mix<2>(slot, depth_weights, h);
+            case 3: return mix<3>(slot, depth_weights, h);
+            case 4: return mix<4>(slot, depth_weights, h);
+            case 5: return mix<5>(slot, depth_weights, h);
+            case 6: return mix<6>(slot, depth_weights, h);
+            case 7: return mix<7>(slot, depth_weights, h);
+            default: return mix<8>(slot, depth_weights, h);
+        }
+    }
+
+    // weighted = weighted * scale + sum_r p_r h_r; if responses: sums += sum_r h_r.
+    template <int R>
+    void add(A* weighted_row, A* sum_row, bool responses, A scale, const A* p, const A* tile, int64_t width) const {
+        const int64_t d = call.features;
+        for_lanes(0, d, [&](int64_t j, auto n) {
+            Lanes<A> x = load(weighted_row + j, n) * broadcast<Lanes<A>>(scale);
+            for (int r = 0; r < R; ++r) x += load(tile + r * width + j, All{}) * broadcast<Lanes<A>>(p[r]);
+            store(weighted_row + j, x, n);
+        });
+        if (!responses) return;
+        for_lanes(0, d, [&](int64_t j, auto n) {
+            Lanes<A> x = load(tile + j, All{});
+            for (int r = 1; r < R; ++r) x += load(tile + r * width + j, All{});
+            store(sum_row + j, load(sum_row + j, n) + x, n);
+        });
+    }
+
+    // Tokens of a chunk in tiles of one role, so that a NaN in a prompt reaches no mean over responses.
+    void chunk(int64_t index, A* tile) const {
+        const int64_t d = call.features, width = parts(d, LANES) * LANES;
+        const Chunk c = chunk_at(call.layout, index);
+        const A one = 1;
+        const A* depth_weights = alpha ? alpha + c.sequence_index * call.depths : &one;
+        A* weighted_row = weighted + index * d;
+        A* sum_row = alpha ? sums + index * d : nullptr;
+        fill_zero(weighted_row, d);
+        if (sum_row) fill_zero(sum_row, d);
+        A top = -INFINITY, total = 0, logits[TILE];
+        int held = 0;
+        int8_t held_role = PADDING;
+        const auto flush = [&] {
+            if (!held) return;
+            const A before = top;
+            for (int r = 0; r < held; ++r) top = logits[r] <= top ? top : logits[r];  // NaN comes through
+            const A scale = exp_of_negative(before - top);
+            A p[TILE];
+            total *= scale;
+            for (int r = 0; r < held; ++r) total += p[r] = exp_of_negative(logits[r] - top);
+            const bool responses = sum_row && held_role == RESPONSE;
+            switch (held) {
+                case 1: add<1>(weighted_row, sum_row, responses, scale, p, tile, width); break;
+                case 2: add<2>(weighted_row, sum_row, responses, scale, p, tile, width); break;
+                case 3: add<3>(weighted_row, sum_row, responses, scale, p, tile, width); break;
+                default: add<TILE>(weighted_row, sum_row, responses, scale, p, tile, width);
+            }
+            held = 0;
+        };
+        for (int64_t position = c.begin; position < c.end; ++position) {
+            const int64_t slot = c.sequence.slot(position);
+            const int8_t role = call.layout.roles[slot];
+            if (call.response_only && role != RESPONSE) continue;
+            if (held == TILE || (held && role != held_role)) flush();
+            A* h = tile + held * width;
+            logits[held++] = mix(slot, depth_weights, h) + bias;
+            held_role = role;
+            if (alpha && slot == c.sequence.last_response)
+                std::memcpy(static_cast<A*>(call.last) + c.sequence_index * d, h, static_cast<std::size_t>(d) * sizeof(A));
+        }
+        flush();
+        tops[index] = top;
+        totals[index] = total;
+    }
+
+    // The views of a sequence, from its chunks: features begin..end.
+    void combine(int64_t b, int64_t begin, int64_t end) const {
+        const int64_t d = call.features;
+        const Sequence s = sequence_at(call.layout, b);
+        const int64_t first = s.first_chunk, stop = first + chunks_of(s);
+        A top = -INFINITY, total = 0;
+        for (int64_t c = first; c < stop; ++c)
+            if (totals[c] != 0) top = tops[c] <= top ? top : tops[c];
+        for (int64_t c = first; c < stop; ++c)
+            if (totals[c] != 0) total += totals[c] * exp_of_negative(tops[c] - top);
+        A* attention = static_cast<A*>(call.attention) + b * d + begin;
+        A* mean = alpha ? static_cast<A*>(call.mean) + b * d + begin : nullptr;
+        fill_zero(attention, end - begin);
+        if (mean) fill_zero(mean, end - begin);
+        for (int64_t c = first; c < stop; ++c) {
+            if (totals[c] == 0) continue;  // nothing of it is in the view
+            const auto share = broadcast<Lanes<A>>(exp_of_negative(tops[c] - top));
+            const A* from = weighted + c * d + begin;
+            for_lanes(0, end - begin, [&](int64_t j, auto n) {
+                store(attention + j, load(attention + j, n) + load(from + j, n) * share, n);
+            });
+            if (mean) add_row(mean, sums + c * d + begin, end - begin);
+        }
+        const auto whole = broadcast<Lanes<A>>(total), count = broadcast<Lanes<A>>(A(s.responses));
+        for_lanes(0, end - begin, [&](int64_t j, auto n) {
+            store(attention + j, load(attention + j, n) / whole, n);
+            if (mean) store(mean + j, load(mean + j, n) / count, n);
+        });
+        if (!begin) static_cast<A*>(call.log_sum_exp)[b] = top + std::log(total);
+    }
+};
+
+template <class T>
+void run_views(const Views& call) {
+    using A = arithmetic<T>;
+    const int64_t d = call.features, chunks = call.layout.num_chunks, width = parts(d, LANES) * LANES;
+    const int64_t numbers = call.depths * chunks * CHUNK_TOKENS * d;
+    const int threads = threads_for(numbers, chunks, call.threads);
+    const Scratch<A> tiles(threads * TILE * width), partial((call.alpha ? 2 : 1) * chunks * d), scalars(2 * chunks);
+    Scan<T> scan{call, {}, static_cast<const A*>(call.alpha), static_cast<const A*>(call.weight),
+                 static_cast<const A*>(call.bias)[0], partial.row(1, chunks * d), partial.data(),
+                 scalars.data(), scalars.row(1, chunks)};
+    for (int64_t k = 0; k < call.depths; ++k) scan.states[k] = static_cast<const T*>(call.states[k]);
+    parallel_for(chunks, threads, [&](int64_t chunk, int thread) { scan.chunk(chunk, tiles.row(thread, TILE * width)); });
+    const int64_t blocks = parts(d, COMBINED), pieces = call.layout.num_sequences * blocks;
+    parallel_for(pieces, threads_for(2 * chunks * d, pieces, call.threads), [&](int64_t piece, int) {
+        const int64_t begin = piece % blocks * COMBINED;
+        scan.combine(piece / blocks, begin, smaller(begin + COMBINED, d));
+    });
+}
+
+template <class T>
+void run_means(const Means& call) {
+    using A = arithmetic<T>;
+    const Layout& layout = call.layout;
+    const int64_t d = call.features, chunks = layout.num_chunks;
+    const bool wanted[] = {call.prompt || call.all, call.response || call.all};
+    const Scratch<A> partial(2 * chunks * d);  // prompt sums, response sums
+    A* sums[] = {partial.data(), partial.row(1, chunks * d)};
+    const T* hidden = static_cast<const T*>(call.hidden);
+    const int threads = threads_for(chunks * CHUNK_TOKENS * d, chunks, call.threads);
+    parallel_for(chunks, threads, [&](int64_t index, int) {
+        const Chunk c = chunk_at(layout, index);
+        for (int part = 0; part < 2; ++part)
+            if (wanted[part]) fill_zero(sums[part] + index * d, d);
+        for (int64_t position = c.begin; position < c.end; ++position) {
+            const int64_t slot = c.sequence.slot(position);
+            const int part = layout.roles[slot] == RESPONSE;
+            if (wanted[part]) add_row(sums[part] + index * d, hidden + slot * d, d);
+        }
+    });
+    const int64_t blocks = parts(d, COMBINED), pieces = layout.num_sequences * blocks;
+    parallel_for(pieces, threads_for(2 * chunks * d, pieces, call.threads), [&](int64_t piece, int) {
+        const int64_t b = piece / blocks, begin = piece % blocks * COMBINED, width = smaller(COMBINED, d - begin);
+        const Sequence s = sequence_at(layout, b);
+        A total[2][COMBINED] = {};
+        for (int part = 0; part < 2; ++part)
+            for (int64_t c = s.first_chunk; wanted[part] && c < s.first_chunk + chunks_of(s); ++c)
+                add_row(total[part], sums[part] + c * d + begin, width);
+        const auto write = [&](real* to, auto sum_of, int64_t count) {
+            if (!to) return;
+            A* row = static_cast<A*>(to) + b * d + begin;
+            const auto n_tokens = broadcast<Lanes<A>>(A(larger(count, 1)));
+            for_lanes(0, width, [&](int64_t j, auto n) { store(row + j, sum_of(j, n) / n_tokens, n); });
+        };
+        write(call.prompt, [&](int64_t j, auto n) { return load(total[0] + j, n); }, s.prompts);
+        write(call.response, [&](int64_t j, auto n) { return load(total[1] + j, n); }, s.responses);
+        write(call.all, [&](int64_t j, auto n) { return load(total[0] + j, n) + load(total[1] + j, n); },
+              s.prompts + s.responses);
+    });
+}
+
+template <class A>
+void run_depth_weights(const DepthWeights& call) {
+    const int64_t d = call.features, depths = call.depths;
+    const A *weight = static_cast<const A*>(call.weight), *bias = static_cast<const A*>(call.bias);
+    for (int64_t b = 0; b < call.num_sequences; ++b) {
+        A* alpha = static_cast<A*>(call.alpha) + b * depths;
+        A top = -INFINITY, total = 0;
+        for (int64_t k = 0; k < depths; ++k) {
+            alpha[k] = dot(static_cast<const A*>(call.context) + b * d, weight + k * d, d) + bias[k];
+            top = alpha[k] <= top ? top : alpha[k];
+        }
+        for (int64_t k = 0; k < depths; ++k) total += alpha[k] = exp_of_negative(alpha[k] - top);
+        for (int64_t k = 0; k < depths; ++k) alpha[k] /= total;
+    }
+}
+
+}  // namespace
+
+void views(const Views& call) {
+    with_dtype(call.dtype, [&](auto stored) { run_views<typename decltype(stored)::type>(call); });
+}
+
+void means(const Means& call) {
+    with_dtype(call.dtype, [&](auto stored) { run_means<typename decltype(stored)::type>(call); });
+}
+
+void depth_weights(const DepthWeights& call) {
+    call.dtype == Dtype::float64 ? run_depth_weights<double>(call) : run_depth_weights<float>(call);
+}
+
+}  // namespace adajudge::ADAJUDGE_LEVEL

@@ -1,0 +1,105 @@
+// What the pooling kernels know of a layout: sequences, their chunks, and the sums over chunks.
+#pragma once
+
+#include "dtypes.h"
+#include "parallel.h"
+
+namespace {
+
+using adajudge::CHUNK_TOKENS;
+using adajudge::Layout;
+using adajudge::MAX_DEPTHS;
+using adajudge::real;
+
+constexpr int8_t PADDING = 0, PROMPT = 1, RESPONSE = 2;
+
+// A sequence's tokens have positions 0.. that run through its first range, then through its second.
+struct Sequence {
+    int32_t start0, stop0, start1, stop1, last_response, prompts, responses, first_chunk;
+
+    int64_t first() const { return stop0 - start0; }
+    int64_t length() const { return first() + stop1 - start1; }
+    int64_t slot(int64_t position) const {
+        return position < first() ? start0 + position : start1 + position - first();
+    }
+};
+
+inline Sequence sequence_at(const Layout& layout, int64_t b) {
+    Sequence s;
+    std::memcpy(&s, layout.sequences + 8 * b, sizeof s);
+    return s;
+}
+
+inline int64_t chunks_of(const Sequence& s) { return parts(s.length(), CHUNK_TOKENS); }
+
+// Consecutive positions of one sequence.
+struct Chunk {
+    int64_t sequence_index, begin, end;
+    Sequence sequence;
+};
+
+inline Chunk chunk_at(const Layout& layout, int64_t chunk) {
+    const int64_t b = layout.chunks[chunk];
+    const Sequence s = sequence_at(layout, b);
+    const int64_t begin = (chunk - s.first_chunk) * CHUNK_TOKENS;
+    return {b, begin, smaller(begin + CHUNK_TOKENS, s.length()), s};
+}
+
+// Tokens that lie together and are read by the same consecutive sequences.
+struct Group {
+    int32_t start, stop, first_reader, readers, first_chunk;
+};
+
+inline Group group_at(const Layout& layout, int64_t g) {
+    Group group;
+    std::memcpy(&group, layout.groups + 5 * g, sizeof group);
+    return group;
+}
+
+template <class A>
+void fill_zero(A* to, int64_t count) {
+    std::memset(to, 0, static_cast<std::size_t>(count) * sizeof(A));
+}
+
+// to += from
+template <class A, class T>
+void add_row(A* to, const T* from, int64_t d) {
+    for_lanes(0, d, [&](int64_t j, auto n) { store(to + j, load(to + j, n) + load(from + j, n), n); });
+}
+
+template <class A>
+A dot(const A* a, const A* b, int64_t d) {
+    auto total = broadcast<Lanes<A>>(A(0));
+    for_lanes(0, d, [&](int64_t j, auto n) { total += load(a + j, n) * load(b + j, n); });
+    return sum<A>(total);
+}
+
+// out = the sum of `count` rows; sixty-four at a time first, for accuracy.
+template <class A>
+void sum_rows(const A* rows, int64_t count, int64_t d, A* out, int threads) {
+    constexpr int64_t BLOCK = 256;  // features, a multiple of LANES
+    parallel_for(parts(d, BLOCK), threads_for(count * d, parts(d, BLOCK), threads), [&](int64_t block, int) {
+        const int64_t begin = block * BLOCK, width = smaller(BLOCK, d - begin);
+        A group[BLOCK], total[BLOCK] = {};
+        for (int64_t first = 0; first < count; first += CHUNK_TOKENS) {
+            fill_zero(group, width);
+            for (int64_t row = first; row < smaller(first + CHUNK_TOKENS, count); ++row)
+                add_row(group, rows + row * d + begin, width);
+            add_row(total, group, width);
+        }
+        std::memcpy(out + begin, total, static_cast<std::size_t>(width) * sizeof(A));
+    });
+}
+
+// Zeros for the rows of `out` that are padding.
+template <class T>
+void zero_padding(const Layout& layout, void* const* outputs, int64_t count, int64_t d, int threads) {
+    constexpr int64_t TOKENS = 256;
+    parallel_for(parts(layout.num_tokens, TOKENS), threads, [&](int64_t piece, int) {
+        for (int64_t t = piece * TOKENS; t < smaller((piece + 1) * TOKENS, layout.num_tokens); ++t)
+            if (layout.roles[t] == PADDING)
+                for (int64_t k = 0; k < count; ++k) fill_zero(static_cast<T*>(outputs[k]) + t * d, d);
+    });
+}
+
+}  // namespace

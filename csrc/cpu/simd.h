@@ -1,0 +1,324 @@
+// Sixteen lanes of fp32 (or fp64) arithmetic, on whatever vector registers the compiler is told to use.
+//
+// Each kernel source is compiled once per instruction set (levels.h), into a namespace of its own. All sets do the same
+// operations on the same sixteen lanes in the same order, without fused multiply-adds, so they give the same bits.
+//
+// Everything here is of internal linkage: a function that two sets shared could be the one of the larger set, and stop
+// a machine that lacks it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+constexpr int LANES = 16;
+
+#if defined(__AVX512F__)
+constexpr int REGISTER_BYTES = 64;
+#elif defined(__AVX2__)
+constexpr int REGISTER_BYTES = 32;
+#else
+constexpr int REGISTER_BYTES = 16;  // SSE2, NEON
+#endif
+
+// How states are stored. fp32 and fp64 are float and double.
+struct bf16 {
+    uint16_t bits;
+};
+struct fp16 {
+    uint16_t bits;
+};
+
+template <class T>
+struct Arithmetic {
+    using type = float;
+};
+template <>
+struct Arithmetic<double> {
+    using type = double;
+};
+template <class T>
+using arithmetic = typename Arithmetic<T>::type;  // what numbers stored as T are computed in
+
+// A pack of N lanes is one register, or two packs of half the lanes (recursion, not a loop over an array: compilers
+// keep the members of a struct in registers).
+template <class A, int N, bool ONE_REGISTER = (N * sizeof(A) == REGISTER_BYTES)>
+struct Pack {
+    using Half = Pack<A, N / 2>;
+    Half low, high;
+    static constexpr int lanes = N;
+};
+template <class A, int N>
+struct Pack<A, N, true> {
+    typedef A Register __attribute__((vector_size(REGISTER_BYTES)));
+    Register v;
+    static constexpr int lanes = N;
+};
+template <class A>
+using Lanes = Pack<A, LANES>;
+
+template <class To, class From>
+ALWAYS_INLINE To bit_cast(const From& from) {
+    static_assert(sizeof(To) == sizeof(From), "the bits of one are the bits of the other");
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+#define ELEMENTWISE(sign)                                                                        \
+    template <class A, int N>                                                                    \
+    ALWAYS_INLINE Pack<A, N, false> operator sign(Pack<A, N, false> a, Pack<A, N, false> b) {     \
+        return {a.low sign b.low, a.high sign b.high};                                           \
+    }                                                                                            \
+    template <class A, int N>                                                                    \
+    ALWAYS_INLINE Pack<A, N, true> operator sign(Pack<A, N, true> a, Pack<A, N, true> b) {        \
+        return {a.v sign b.v};                                                                   \
+    }
+ELEMENTWISE(+)
+ELEMENTWISE(-)
+ELEMENTWISE(*)
+ELEMENTWISE(/)
+#undef ELEMENTWISE
+
+template <class A, int N, bool ONE>
+ALWAYS_INLINE Pack<A, N, ONE>& operator+=(Pack<A, N, ONE>& a, Pack<A, N, ONE> b) {
+    return a = a + b;
+}
+
+// All lanes x.
+template <class P, class A>
+ALWAYS_INLINE P broadcast(A x) {
+    if constexpr (P::lanes * sizeof(A) == REGISTER_BYTES) {
+        return {typename P::Register{} + x};
+    } else {
+        const auto half = broadcast<typename P::Half>(x);
+        return {half, half};
+    }
+}
+
+// -- Loads and stores ------------------------------------------------------------------------------------------
+
+// Vectors of U as wide as `lanes` numbers.
+template <class U, int lanes>
+struct Vector {
+    typedef U type __attribute__((vector_size(lanes * sizeof(U))));
+};
+template <class U, int lanes>
+using vector_of = typename Vector<U, lanes>::type;
+
+template <class V>
+ALWAYS_INLINE V read(const void* from) {
+    V v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+template <class V>
+ALWAYS_INLINE V select(V mask, V a, V b) {  // masks are all ones or all zeros, as comparisons give them
+    return (mask & a) | (~mask & b);
+}
+
+// One register of fp32 from stored numbers, and back, rounded to nearest even.
+template <int N>
+ALWAYS_INLINE vector_of<float, N> widen(const bf16* from) {
+    const auto bits = __builtin_convertvector(read<vector_of<uint16_t, N>>(from), vector_of<uint32_t, N>);
+    return bit_cast<vector_of<float, N>>(bits << 16);
+}
+
+template <int N>
+ALWAYS_INLINE void narrow(bf16* to, vector_of<float, N> x) {
+    using U = vector_of<uint32_t, N>;
+    const U bits = bit_cast<U>(x);
+    const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const U kept = select<U>((U)((bits & 0x7fffffffu) > 0x7f800000u), (bits >> 16) | 0x40u, rounded);  // NaN stays NaN
+    const auto out = __builtin_convertvector(kept, vector_of<uint16_t, N>);
+    std::memcpy(to, &out, sizeof out);
+}
+
+template <int N>
+ALWAYS_INLINE vector_of<float, N> widen(const fp16* from) {
+    using V = vector_of<float, N>;
+#if defined(__AVX512F__)
+    if constexpr (N == 16) return bit_cast<V>(_mm512_maskz_cvtph_ps(0xffff, read<__m256i>(from)));
+#endif
+#if defined(__F16C__)
+    if constexpr (N == 8) return bit_cast<V>(_mm256_cvtph_ps(read<__m128i>(from)));
+#endif
+    using U = vector_of<uint32_t, N>;
+    const U half = __builtin_convertvector(read<vector_of<uint16_t, N>>(from), U);
+    const U size = half & 0x7fffu;
+    const U normal = (size << 13) + (112u << 23);
+    const U special = normal + (112u << 23);  // infinity and NaN
+    const V subnormal = __builtin_convertvector(bit_cast<vector_of<int32_t, N>>(size), V) * 0x1p-24f;
+    const U chosen = select<U>((U)(size < 0x400u), bit_cast<U>(subnormal), select<U>((U)(size >= 0x7c00u), special, normal));
+    return bit_cast<V>(chosen | ((half & 0x8000u) << 16));
+}
+
+template <int N>
+ALWAYS_INLINE void narrow(fp16* to, vector_of<float, N> x) {
+#if defined(__AVX512F__)
+    if constexpr (N == 16) {
+        const __m256i out = _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        std::memcpy(to, &out, sizeof out);
+        return;
+    }
+#endif
+#if defined(__F16C__)
+    if constexpr (N == 8) {
+        const __m128i out = _mm256_cvtps_ph(bit_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        std::memcpy(to, &out, sizeof out);
+        return;
+    }
+#endif
+    using U = vector_of<uint32_t, N>;
+    const U bits = bit_cast<U>(x), size = bits & 0x7fffffffu;
+    const U normal = (size + 0xfffu + ((size >> 13) & 1u) - (112u << 23)) >> 13;
+    // Adding 0.5 lets the addition round: what is left below it is the number in steps of 2^-24.
+    const U subnormal = bit_cast<U>(bit_cast<vector_of<float, N>>(size) + 0.5f) - 0x3f000000u;
+    const U special = select<U>((U)(size > 0x7f800000u), U{} + 0x7e00u, U{} + 0x7c00u);
+    U kept = select<U>((U)(size < (113u << 23)), subnormal, normal);
+    kept = select<U>((U)(size >= (143u << 23)), special, kept);
+    const auto out = __builtin_convertvector(kept | ((bits >> 16) & 0x8000u), vector_of<uint16_t, N>);
+    std::memcpy(to, &out, sizeof out);
+}
+
+// Consecutive numbers stored as T, as arithmetic lanes.
+template <class P, class T>
+ALWAYS_INLINE P load_pack(const T* from) {
+    if constexpr (P::lanes * sizeof(arithmetic<T>) != REGISTER_BYTES) {
+        return {load_pack<typename P::Half>(from), load_pack<typename P::Half>(from + P::lanes / 2)};
+    } else if constexpr (sizeof(T) == sizeof(arithmetic<T>)) {
+        return {read<typename P::Register>(from)};
+    } else {
+        return {widen<P::lanes>(from)};
+    }
+}
+
+template <class T, class P>
+ALWAYS_INLINE void store_pack(T* to, P x) {
+    if constexpr (P::lanes * sizeof(arithmetic<T>) != REGISTER_BYTES) {
+        store_pack(to, x.low);
+        store_pack(to + P::lanes / 2, x.high);
+    } else if constexpr (sizeof(T) == sizeof(arithmetic<T>)) {
+        std::memcpy(to, &x.v, sizeof x.v);
+    } else {
+        narrow<P::lanes>(to, x.v);
+    }
+}
+
+// How many of the sixteen lanes a step of a row has: all of them, or the rest of a row.
+struct All {};
+struct Rest {
+    int count;
+};
+
+template <class T>
+ALWAYS_INLINE Lanes<arithmetic<T>> load(const T* from, All) {
+    return load_pack<Lanes<arithmetic<T>>>(from);
+}
+
+template <class T>
+ALWAYS_INLINE Lanes<arithmetic<T>> load(const T* from, Rest rest) {  // zeros after the row's end
+    T held[LANES] = {};
+    std::memcpy(held, from, rest.count * sizeof(T));
+    return load_pack<Lanes<arithmetic<T>>>(held);
+}
+
+template <class T>
+ALWAYS_INLINE void store(T* to, Lanes<arithmetic<T>> x, All) {
+    store_pack(to, x);
+}
+
+template <class T>
+ALWAYS_INLINE void store(T* to, Lanes<arithmetic<T>> x, Rest rest) {
+    T held[LANES];
+    store_pack(held, x);
+    std::memcpy(to, held, rest.count * sizeof(T));
+}
+
+// body(j, All or Rest) for every sixteen numbers of begin..end.
+template <class Body>
+ALWAYS_INLINE void for_lanes(int64_t begin, int64_t end, Body body) {
+    int64_t j = begin;
+    for (; j + LANES <= end; j += LANES) body(j, All{});
+    if (j < end) body(j, Rest{static_cast<int>(end - j)});
+}
+
+// -- Functions -------------------------------------------------------------------------------------------------
+
+// The sum over the lanes: halves first.
+template <class A>
+ALWAYS_INLINE A sum(Lanes<A> x) {
+    A lane[LANES];
+    store_pack(lane, x);
+    for (int n = LANES / 2; n; n /= 2)
+        for (int i = 0; i < n; ++i) lane[i] += lane[i + n];
+    return lane[0];
+}
+
+// exp(x) for x <= 0, within 2 ulp in fp32; 0 where the result would be no normal number. NaN stays NaN.
+template <int N>
+ALWAYS_INLINE Pack<float, N, false> exp_of_negative(Pack<float, N, false> x) {
+    return {exp_of_negative(x.low), exp_of_negative(x.high)};
+}
+
+template <int N>
+ALWAYS_INLINE Pack<float, N, true> exp_of_negative(Pack<float, N, true> pack) {
+    using V = vector_of<float, N>;
+    using I = vector_of<int32_t, N>;
+    const V x = pack.v;
+    const V shifted = x * 1.44269504088896341f + 0x1.8p23f;  // the addition rounds to an integer, kept in the low bits
+    const V n = shifted - 0x1.8p23f;
+    const V r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts: n times the first is exact
+    V p = r * 1.9875691500e-4f + 1.3981999507e-3f;             // minimax coefficients of Cephes' expf
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = (p * r) * r + r + 1.0f;
+    const I exponent = (bit_cast<I>(shifted) + 127) << 23;
+    const V result = p * bit_cast<V>(exponent);
+    return {bit_cast<V>(~(I)(x < -87.33654f) & bit_cast<I>(result))};
+}
+
+template <int N, bool ONE>
+ALWAYS_INLINE Pack<double, N, ONE> exp_of_negative(Pack<double, N, ONE> x) {  // fp64 is for checking: one by one
+    double lane[N];
+    std::memcpy(lane, &x, sizeof lane);
+    for (double& value : lane) value = __builtin_exp(value);
+    std::memcpy(&x, lane, sizeof lane);
+    return x;
+}
+
+template <class A>
+ALWAYS_INLINE A exp_of_negative(A x) {
+    A lane[LANES];
+    store_pack(lane, exp_of_negative(broadcast<Lanes<A>>(x)));
+    return lane[0];
+}
+
+// 1 / (1 + exp(-x)); written with exp(-|x|), it never overflows.
+template <class A, int N>
+ALWAYS_INLINE Pack<A, N, false> sigmoid(Pack<A, N, false> x) {
+    return {sigmoid(x.low), sigmoid(x.high)};
+}
+
+template <class A, int N>
+ALWAYS_INLINE Pack<A, N, true> sigmoid(Pack<A, N, true> x) {
+    using Integer = decltype(x.v < x.v);
+    const Integer negative = x.v < 0;
+    const Integer sign = bit_cast<Integer>(broadcast<Pack<A, N>>(A(-0.0)).v);
+    const Pack<A, N, true> one = broadcast<Pack<A, N>>(A(1));
+    const Pack<A, N, true> small = exp_of_negative(Pack<A, N, true>{bit_cast<decltype(x.v)>(bit_cast<Integer>(x.v) | sign)});
+    const Integer top = select<Integer>(negative, bit_cast<Integer>(small.v), bit_cast<Integer>(one.v));
+    return Pack<A, N, true>{bit_cast<decltype(x.v)>(top)} / (one + small);
+}
+
+}  // namespace
