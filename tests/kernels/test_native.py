@@ -1,0 +1,213 @@
+"""What is special to the compiled CPU kernels: the same bits on every instruction set and in any memory, torch's threads."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import adajudge_kernels as ak
+from adajudge_kernels import backends, compiled
+from tests.kernels.batches import LAYOUTS, LONG, RAGGED, Batch, place
+from tests.kernels.comparison import cast, run_operation, run_truth
+from tests.kernels.operations import POOLING, ROWWISE, over_tokens
+from tests.kernels.test_contract import dtypes
+
+pooling = pytest.mark.parametrize("operation", POOLING, ids=lambda op: op.name)
+
+
+def test_the_compiled_module_is_here():
+    assert compiled.missing is None
+    assert backends.choose_backend(torch.device("cpu"), "pooling").backend == "cpu"
+
+
+@pytest.fixture
+def levels():
+    """Every instruction set of this processor; the one in use comes back after the test."""
+    used = compiled.module.level()
+    yield compiled.module.levels()
+    compiled.module.use_level(used)
+
+
+def on_every_level(levels, run):
+    for level in levels:
+        compiled.module.use_level(level)
+        assert compiled.module.level() == level
+        yield run()
+
+
+def assert_same_bits(runs):
+    (outputs, gradients), *others = runs
+    for other_outputs, other_gradients in others:
+        assert all(torch.equal(a, b) for a, b in zip(outputs, other_outputs, strict=True))
+        assert all(torch.equal(gradients[name], other_gradients[name]) for name in gradients)
+
+
+@pooling
+@dtypes
+@pytest.mark.parametrize(("kind", "d", "depths"), [("shared", 77, 3), ("padded_left", 300, 5)])
+def test_every_instruction_set_gives_the_same_bits(operation, dtype, kind, d, depths, levels):
+    inputs = operation.draw(RAGGED, d, depths)
+    layout, source = RAGGED.lay_out(kind)
+    run = lambda: run_operation(operation, cast(inputs, dtype), layout, source)  # noqa: E731
+    with ak.use_backend("cpu"):
+        assert_same_bits(on_every_level(levels, run))
+
+
+@pytest.mark.parametrize(("name", "draw", "call", "truth"), ROWWISE, ids=[op[0] for op in ROWWISE])
+@dtypes
+def test_every_instruction_set_gives_the_same_bits_row_by_row(name, draw, call, truth, dtype, levels):
+    inputs = draw(37)
+    with ak.use_backend("cpu"):
+        assert_same_bits(on_every_level(levels, lambda: run_truth(call, cast(inputs, dtype))))
+
+
+@pooling
+@pytest.mark.parametrize("kind", ["shared", "padded_right"])
+def test_the_number_of_threads_changes_no_gradient(operation, kind):
+    layout, source = LONG.lay_out(kind)
+    inputs = operation.draw(LONG, 300, 3)
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            runs.append(run_operation(operation, cast(inputs, torch.float32), layout, source))
+    finally:
+        torch.set_num_threads(before)
+    assert_same_bits(runs)
+
+
+def in_other_memory(x, offset):
+    """The same numbers, off every boundary that vectors have."""
+    held = torch.empty(x.numel() + offset, dtype=x.dtype)
+    return held[offset:].view(x.shape).copy_(x)
+
+
+@pooling
+@dtypes
+@pytest.mark.parametrize("offset", [1, 3])
+def test_where_the_states_lie_changes_no_bit(operation, dtype, offset):
+    layout, source = LONG.lay_out("packed")
+    drawn = {name: x.to(dtype) for name, x in operation.draw(LONG, 45, 2).items()}
+    placed = {name: place(x, source) if over_tokens(name) else x for name, x in drawn.items()}
+    moved = {name: in_other_memory(x, offset) for name, x in placed.items()}
+    strided = {name: torch.stack([x, x], dim=-1)[..., 0] if x.dim() == 2 else x for name, x in placed.items()}
+    expected = operation.call(placed, layout)
+    for other in (moved, strided):
+        assert all(torch.equal(a, b) for a, b in zip(operation.call(other, layout), expected, strict=True))
+
+
+@pooling
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_state_breaks_its_own_sequences_and_no_other(operation, kind, value):
+    batch = Batch((3, 4), ((5, 70), (6,)))  # token 3 is the first of the first response
+    layout, source = batch.lay_out(kind)
+    drawn = {name: x.float() for name, x in operation.draw(batch, 20, 2).items()}
+    broken = {name: x.clone() for name, x in drawn.items()}
+    for name, x in broken.items():
+        if over_tokens(name):
+            x[3, 7] = value
+    clean, bad = (
+        operation.call({n: place(x, source) if over_tokens(n) else x for n, x in inputs.items()}, layout)
+        for inputs in (drawn, broken)
+    )
+    for a, b in zip(clean, bad, strict=True):
+        assert torch.equal(a[1:], b[1:])
+    if operation.name not in ("masked_mean_pool[prompt]",):
+        assert any(not b[0].isfinite().all() for b in bad)
+
+
+def test_an_unknown_instruction_set_is_refused():
+    command = [sys.executable, "-c", "import adajudge_kernels"]
+    environment = os.environ | {"ADAJUDGE_SIMD": "mmx"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode != 0
+    assert "ADAJUDGE_SIMD=mmx: this processor has none of that name, only" in result.stderr
+    with pytest.raises(ValueError, match="this processor has no mmx"):
+        compiled.module.use_level("mmx")
+
+
+def test_the_instruction_set_can_be_chosen():
+    code = "from adajudge_kernels import compiled; print(compiled.module.level())"
+    for level in compiled.module.levels():
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"ADAJUDGE_SIMD": level},
+            check=True,
+        )
+        assert result.stdout.strip() == level
+
+
+def test_tensors_elsewhere_are_refused():
+    with (
+        pytest.raises(ValueError, match="it serves cpu tensors, and these are on cuda"),
+        ak.use_backend("cpu"),
+    ):
+        backends.choose_backend(torch.device("cuda"), "pooling")
+
+
+# Threads
+
+LARGE = """
+import os, threading, torch
+import adajudge_kernels as ak
+layout = ak.SequenceLayout.packed([500] * 4, [500] * 4)
+states = [torch.ones(4000, 256) for _ in range(2)]
+arguments = states, torch.full((4, 2), 0.5), torch.ones(256), torch.zeros(1), layout
+threads = lambda: len(os.listdir("/proc/self/task"))
+"""
+
+
+def run_code(code):
+    result = subprocess.run(
+        [sys.executable, "-c", LARGE + code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_threads_are_those_that_torch_is_told_to_use():
+    run_code("""
+torch.set_num_threads(1)
+before = threads()
+ak.multi_view_pool(*arguments)
+assert threads() == before, "one thread is the caller"
+torch.set_num_threads(6)
+ak.multi_view_pool(*arguments)
+used = threads()
+assert used > before, "six threads are not one"
+torch.ones(1 << 24).sum()
+assert threads() == used, "torch's own work is done by the same threads"
+""")
+
+
+def test_a_forked_data_loader_worker_uses_one_thread():
+    run_code("""
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, i):
+        before = threads()
+        views = ak.multi_view_pool(*arguments)
+        return views.attention, threads() - before
+torch.set_num_threads(2)
+expected = ak.multi_view_pool(*arguments).attention  # the parent's pool of threads is there when it forks
+loader = torch.utils.data.DataLoader(Rows(), batch_size=None, num_workers=2, multiprocessing_context="fork")
+for attention, more in loader:
+    assert torch.equal(attention, expected)
+    assert more == 0
+""")
+
+
+def test_calls_from_many_threads_do_not_disturb_each_other():
+    layout = ak.SequenceLayout.packed([300] * 3, [200] * 3)
+    states = [torch.randn(1500, 128) for _ in range(3)]
+    arguments = states, torch.full((3, 3), 1 / 3), torch.randn(128), torch.zeros(1), layout
+    expected = ak.multi_view_pool(*arguments)
+    with ThreadPoolExecutor(4) as pool:
+        for views in pool.map(lambda _: ak.multi_view_pool(*arguments), range(40)):
+            assert all(torch.equal(a, b) for a, b in zip(views, expected, strict=True))
