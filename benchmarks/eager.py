@@ -1,4 +1,5 @@
-"""The head as people write it in plain PyTorch: padded ``[B, L, d]`` states, masks, one operation after the other.
+"""The head, and its pooling alone, as people write them in plain PyTorch: padded ``[B, L, d]`` states, masks, one operation
+after the other.
 
 It takes an `AdaJudgeHead`'s weights and gives its rewards (a test compares them), so that the two sides of a benchmark do the
 same work.
@@ -31,6 +32,21 @@ def eager_head(head, hidden, attention_mask, response_mask):
         (beta[:, :, None] * refined).sum(dim=1),
     ]
     return eager_experts(head.experts, views, prompt_mean)
+
+
+def eager_pooling(states, alpha, weight, bias, attention_mask, response_mask):
+    """Last, mean and attention view of K states ``[B, L, d]``, in their dtype; bool masks ``[B, L]``."""
+    refined = alpha[:, 0, None, None] * states[0]
+    for k in range(1, len(states)):
+        refined = refined + alpha[:, k, None, None] * states[k]
+    logits = (refined @ weight + bias).masked_fill(~attention_mask, float("-inf"))
+    beta = torch.softmax(logits, dim=1)
+    response = response_mask.unsqueeze(-1).to(refined.dtype)
+    mean = (refined * response).sum(dim=1) / response.sum(dim=1)
+    position = torch.arange(refined.shape[1], device=refined.device)
+    last = (position * response_mask).argmax(dim=1)
+    rows = torch.arange(len(refined), device=refined.device)
+    return refined[rows, last], mean, (beta.unsqueeze(-1) * refined).sum(dim=1)
 
 
 def masked_mean(hidden, mask):

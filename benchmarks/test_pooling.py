@@ -1,104 +1,149 @@
-"""multi_view_pool against the same pooling as people write it in eager PyTorch, on padded states.
+"""multi_view_pool against the same pooling in plain PyTorch on padded states, eager and compiled.
 
-Both sides do the same work on the same numbers; a case fails if their results differ.
+``pooling``: ragged lengths, on either device. ``cpu_pooling``: equal lengths and no padding, which is eager's best case,
+against the read bandwidth that a CPU has for these very states. All sides do the same work on the same numbers; a case
+fails if one differs from the pooling in fp64 by more than its dtype explains.
 """
+
+import dataclasses
 
 import pytest
 import torch
 
 import adajudge_kernels as ak
+from benchmarks.eager import eager_pooling
 
-BATCH, LENGTH, WIDTH, DEPTHS = 8, 512, 1024, 3
-
-
-def eager(states, alpha, weight, bias, attention_mask, response_mask):
-    """The three views by stacking the states and masking: [K, B, L, d]."""
-    refined = (torch.stack(states) * alpha.T[:, :, None, None]).sum(dim=0)
-    logits = (refined @ weight + bias).masked_fill(~attention_mask, float("-inf"))
-    beta = torch.softmax(logits, dim=1)
-    response = response_mask.unsqueeze(-1).to(refined)
-    mean = (refined * response).sum(dim=1) / response.sum(dim=1)
-    position = torch.arange(refined.shape[1], device=refined.device)
-    last = (position * response_mask).argmax(dim=1)
-    rows = torch.arange(len(refined), device=refined.device)
-    return refined[rows, last], mean, (beta.unsqueeze(-1) * refined).sum(dim=1)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
-@pytest.fixture(scope="module")
-def case(device):
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(LENGTH // 4, LENGTH + 1, (BATCH,), generator=generator)
-    lengths[0] = LENGTH
-    position = torch.arange(LENGTH)
-    attention_mask = position < lengths[:, None]
-    response_mask = attention_mask & (position >= lengths[:, None] // 3)
-    states = [
-        torch.randn(BATCH, LENGTH, WIDTH, generator=generator).to(device).requires_grad_()
-        for _ in range(DEPTHS)
-    ]
-    alpha = torch.softmax(torch.randn(BATCH, DEPTHS, generator=generator), dim=1).to(device)
-    weight = (torch.randn(WIDTH, generator=generator) / WIDTH**0.5).to(device)
-    masks = attention_mask.to(device), response_mask.to(device)
-    return states, alpha, weight, torch.zeros(1, device=device), masks, int(lengths.sum())
+@dataclasses.dataclass
+class Case:
+    """States ``[B, L, d]`` with their masks, and what pools them."""
+
+    states: list
+    alpha: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+    masks: tuple
+
+    @classmethod
+    def draw(cls, batch, length, width, depths, dtype, device, ragged):
+        generator = torch.Generator().manual_seed(0)
+        lengths = torch.full((batch,), length)
+        if ragged:
+            lengths[1:] = torch.randint(length // 4, length + 1, (batch - 1,), generator=generator)
+        position = torch.arange(length)
+        attention_mask = position < lengths[:, None]
+        response_mask = attention_mask & (position >= lengths[:, None] // 3)
+        shape = batch, length, width
+        return cls(
+            [
+                torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+                for _ in range(depths)
+            ],
+            torch.softmax(torch.randn(batch, depths, generator=generator), dim=1).to(device, dtype),
+            (torch.randn(width, generator=generator) / width**0.5).to(device, dtype),
+            torch.zeros(1, device=device, dtype=dtype),
+            (attention_mask.to(device), response_mask.to(device)),
+        )
+
+    @property
+    def tokens(self):
+        return int(self.masks[0].sum())
+
+    @property
+    def useful_bytes(self):
+        """Of the states' tokens: what a forward must read."""
+        first = self.states[0]
+        return len(self.states) * self.tokens * first.shape[-1] * first.element_size()
+
+    def ours(self, layout):
+        flat = [x.flatten(0, 1) for x in self.states]
+        return ak.multi_view_pool(flat, self.alpha, self.weight, self.bias, layout)
+
+    def sides(self):
+        layout = ak.SequenceLayout.padded(*self.masks)
+        plain = self.states, self.alpha, self.weight, self.bias, *self.masks
+        compiled = torch.compile(eager_pooling)
+        return {
+            "adajudge_kernels": lambda: self.ours(layout),
+            "eager": lambda: eager_pooling(*plain),
+            "torch.compile": lambda: compiled(*plain),
+        }
+
+    def exact(self, gradients):
+        """The views, and if wanted the states' gradients, in fp64."""
+        states = [x.detach().double().requires_grad_() for x in self.states]
+        others = (x.double() for x in (self.alpha, self.weight, self.bias))
+        views = eager_pooling(states, *others, *self.masks)
+        return (views, state_gradients(states, views)) if gradients else (views, [])
 
 
-def ours(states, alpha, weight, bias, layout):
-    return ak.multi_view_pool([x.flatten(0, 1) for x in states], alpha, weight, bias, layout)
+def state_gradients(states, views):
+    return torch.autograd.grad(sum(view.float().square().sum() for view in views), states)
 
 
-def sides(case):
-    states, alpha, weight, bias, masks, _ = case
-    layout = ak.SequenceLayout.padded(*masks)
-    return {
-        "adajudge_kernels": lambda: ours(states, alpha, weight, bias, layout),
-        "eager": lambda: eager(states, alpha, weight, bias, *masks),
-    }
+SIDES = ("adajudge_kernels", "eager", "torch.compile")
+sides = pytest.mark.parametrize("side", SIDES)
+backwards = pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward_and_backward"])
+# A module's cases by what draws them; the last one is kept.
+_DRAWN = {}
 
 
-def gradients(states, views):
-    return torch.autograd.grad(sum(view.square().sum() for view in views), states)
+def drawn(*key):
+    if key not in _DRAWN:
+        _DRAWN.clear()
+        case = Case.draw(*key)
+        _DRAWN[key] = case, case.sides()
+    return _DRAWN[key]
 
 
-def record(benchmark, case, bytes_moved, read_bandwidth, device):
-    states, tokens = case[0], case[-1]
-    seconds = benchmark.stats.stats.median
+def measure(benchmark, group, key, side, backward, synchronise, read_bandwidth):
+    case, both = drawn(*key)
+    dtype, states = case.states[0].dtype, case.states
+
+    def run():
+        with torch.set_grad_enabled(backward):
+            views = both[side]()
+        gradients = state_gradients(states, views) if backward else []
+        synchronise()
+        return views, gradients
+
+    for found, expected in zip(run(), case.exact(backward), strict=True):
+        for x, y in zip(found, expected, strict=True):
+            bound = TOLERANCE[dtype] * max(1.0, float(y.detach().abs().max()))
+            assert float((x - y).detach().abs().max()) <= bound, side
+    benchmark.group = group + (" forward + backward" if backward else " forward")
+    before = read_bandwidth(states)
+    benchmark.pedantic(run, rounds=9, warmup_rounds=2)
+    bandwidth = max(before, read_bandwidth(states))
+    seconds, moved = benchmark.stats.stats.median, case.useful_bytes * (3 if backward else 1)
+    batch, length, width = states[0].shape
     benchmark.extra_info.update(
-        device=str(device),
-        dtype=str(states[0].dtype),
-        shape=f"B={BATCH} L={LENGTH} d={WIDTH} K={DEPTHS}",
-        backend=ak.backends.choose_backend(device, "pooling").backend,
-        useful_tokens_per_second=tokens / seconds,
-        bytes_that_must_move=bytes_moved,
-        share_of_read_bandwidth=bytes_moved / seconds / read_bandwidth,
+        device=str(states[0].device),
+        threads=torch.get_num_threads(),
+        dtype=str(dtype),
+        shape=f"B={batch} L={length} d={width} K={len(states)}",
+        backend=ak.backends.choose_backend(states[0].device, "pooling").backend,
+        useful_tokens_per_second=case.tokens / seconds,
+        bytes_that_must_move=moved,
+        read_bandwidth=bandwidth,
+        share_of_read_bandwidth=moved / seconds / bandwidth,
     )
 
 
-@pytest.mark.parametrize("side", ["adajudge_kernels", "eager"])
-def test_pooling_forward(benchmark, case, side, device, synchronise, read_bandwidth):
-    both = sides(case)
-    with torch.no_grad():
-        for a, b in zip(both["adajudge_kernels"](), both["eager"](), strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-
-        def run():
-            both[side]()
-            synchronise()
-
-        benchmark.group = "pooling forward"
-        benchmark.pedantic(run, rounds=7, warmup_rounds=2)
-    record(benchmark, case, DEPTHS * case[-1] * WIDTH * 4, read_bandwidth, device)
+@sides
+@backwards
+def test_pooling(benchmark, backward, side, device, synchronise, read_bandwidth):
+    key = 8, 512, 1024, 3, torch.float32, device, True
+    measure(benchmark, "ragged pooling", key, side, backward, synchronise, read_bandwidth)
 
 
-@pytest.mark.parametrize("side", ["adajudge_kernels", "eager"])
-def test_pooling_forward_and_backward(benchmark, case, side, device, synchronise, read_bandwidth):
-    both, states = sides(case), case[0]
-    for a, b in zip(*(gradients(states, run()) for run in both.values()), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-
-    def run():
-        gradients(states, both[side]())
-        synchronise()
-
-    benchmark.group = "pooling forward + backward"
-    benchmark.pedantic(run, rounds=5, warmup_rounds=1)
-    record(benchmark, case, 3 * DEPTHS * case[-1] * WIDTH * 4, read_bandwidth, device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@sides
+@backwards
+def test_cpu_pooling(benchmark, dtype, backward, side, device, synchronise, read_bandwidth):
+    if device.type != "cpu":
+        pytest.skip("a case of CPUs")
+    key = 8, 1024, 2048, 3, dtype, device, False
+    measure(benchmark, "pooling", key, side, backward, synchronise, read_bandwidth)

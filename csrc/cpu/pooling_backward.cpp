@@ -5,6 +5,8 @@
 namespace adajudge::ADAJUDGE_LEVEL {
 namespace {
 
+constexpr int64_t STREAMED_BYTES = 32 << 20;  // of gradients: more than caches keep until somebody reads them
+
 template <class T>
 struct ScanBackward {
     using A = arithmetic<T>;
@@ -14,6 +16,7 @@ struct ScanBackward {
     const A *alpha, *weight, *grad_attention, *attention, *log_sum_exp;
     A bias;
     bool shared;             // whether sequences share prompts: their tokens' gradients are left to `prompt_chunk`
+    bool streaming;          // whether gradients go past the caches
     A *betas, *grad_logits;  // [N * CHUNK_TOKENS] where prompts are shared
     A *grad_alpha_parts;     // [N, K]
     A *grad_weight_parts;    // [N, d]
@@ -26,14 +29,18 @@ struct ScanBackward {
 
     // h = sum_k alpha_k H_k; returns w . h, and g_A . (h - z_A) in `grad_dot`.
     template <int K>
-    A mix(const T* const* rows, const A* depth_weights, const A* grad, const A* pooled, A* h, A& grad_dot) const {
+    ALWAYS_INLINE A mix(const T* const* rows, const A* depth_weights, const A* grad, const A* pooled, A* h,
+                        A& grad_dot) const {
+        const int64_t d = call.features;
+        const A* w = weight;
         Lanes<A> a[K];
         for (int k = 0; k < K; ++k) a[k] = broadcast<Lanes<A>>(depth_weights[k]);
         auto logit = broadcast<Lanes<A>>(A(0)), dot = logit;
-        for_lanes(0, call.features, [&](int64_t j, auto n) {
+        for_lanes(0, d, [&](int64_t j, auto n) {
             Lanes<A> x = load(rows[0] + j, n) * a[0];
             for (int k = 1; k < K; ++k) x += load(rows[k] + j, n) * a[k];
-            logit += x * load(weight + j, n);
+            for (int k = 0; k < K; ++k) __builtin_prefetch(rows[k] + j + d);
+            logit += x * load(w + j, n);
             dot += (x - load(pooled + j, n)) * load(grad + j, n);
             store(h + j, x, n);
         });
@@ -42,9 +49,10 @@ struct ScanBackward {
     }
 
     // g = base + beta g_A + dlogit w; dH_k = alpha_k g, dalpha_k += g . H_k, dw += dlogit h.
-    template <int K>
-    void spread(const T* const* rows, T* const* grad_rows, const A* depth_weights, const A* base, const A* grad, A beta,
-                A grad_logit, const A* h, A* grad_alpha, A* grad_weight) const {
+    template <int K, bool WRITE, bool STREAM>
+    ALWAYS_INLINE void spread(const T* const* rows, T* const* grad_rows, const A* depth_weights, const A* base,
+                              const A* grad, A beta, A grad_logit, const A* h, A* grad_alpha, A* grad_weight) const {
+        const A* w = weight;
         Lanes<A> a[K], dots[K];
         for (int k = 0; k < K; ++k) {
             a[k] = broadcast<Lanes<A>>(depth_weights[k]);
@@ -52,11 +60,12 @@ struct ScanBackward {
         }
         const auto betas = broadcast<Lanes<A>>(beta), dlogits = broadcast<Lanes<A>>(grad_logit);
         for_lanes(0, call.features, [&](int64_t j, auto n) {
-            const Lanes<A> g = load(base + j, n) + load(grad + j, n) * betas + load(weight + j, n) * dlogits;
+            const Lanes<A> g = load(base + j, n) + load(grad + j, n) * betas + load(w + j, n) * dlogits;
             store(grad_weight + j, load(grad_weight + j, n) + load(h + j, n) * dlogits, n);
             for (int k = 0; k < K; ++k) {
                 dots[k] += g * load(rows[k] + j, n);
-                if (grad_rows) store(grad_rows[k] + j, g * a[k], n);
+                if constexpr (WRITE && STREAM) stream(grad_rows[k] + j, g * a[k], n);
+                if constexpr (WRITE && !STREAM) store(grad_rows[k] + j, g * a[k], n);
             }
         });
         for (int k = 0; k < K; ++k) grad_alpha[k] += sum<A>(dots[k]);
@@ -82,8 +91,13 @@ struct ScanBackward {
         const A logit = mix<K>(rows, depth_weights, grad, attention + b * d, held.h, grad_dot) + bias;
         const A beta = exp_of_negative(logit - log_sum_exp[b]), grad_logit = beta * grad_dot;
         const A* base = slot == c.sequence.last_response ? held.last : response ? held.response : held.prompt;
-        spread<K>(rows, own ? grad_rows : nullptr, depth_weights, base, grad, beta, grad_logit, held.h, grad_alpha,
-                  grad_weight_parts + index * d);
+        A* grad_weight = grad_weight_parts + index * d;
+        if (own && streaming)
+            spread<K, true, true>(rows, grad_rows, depth_weights, base, grad, beta, grad_logit, held.h, grad_alpha, grad_weight);
+        else if (own)
+            spread<K, true, false>(rows, grad_rows, depth_weights, base, grad, beta, grad_logit, held.h, grad_alpha, grad_weight);
+        else
+            spread<K, false, false>(rows, grad_rows, depth_weights, base, grad, beta, grad_logit, held.h, grad_alpha, grad_weight);
         if (!own) {
             betas[index * CHUNK_TOKENS + position - c.begin] = beta;
             grad_logits[index * CHUNK_TOKENS + position - c.begin] = grad_logit;
@@ -111,6 +125,7 @@ struct ScanBackward {
         fill_zero(grad_weight_parts + index * d, d);
         for (int64_t position = c.begin; position < c.end; ++position)
             token<K>(c, index, position, held, grad_alpha);
+        if (streaming) streamed();
     }
 
     void chunk(int64_t index, A* scratch) const {
@@ -165,13 +180,15 @@ void run_views_backward(const ViewsBackward& call) {
     const Scratch<A> grad_alpha(chunks * depths), grad_weight(chunks * d);
     ScanBackward<T> scan{call, {}, {}, static_cast<const A*>(call.alpha), static_cast<const A*>(call.weight),
                          static_cast<const A*>(call.grad_attention), static_cast<const A*>(call.attention),
-                         static_cast<const A*>(call.log_sum_exp), static_cast<const A*>(call.bias)[0], shared,
+                         static_cast<const A*>(call.log_sum_exp), static_cast<const A*>(call.bias)[0], shared, false,
                          per_token.data(), per_token.row(1, chunks * CHUNK_TOKENS), grad_alpha.data(),
                          grad_weight.data()};
     for (int64_t k = 0; k < depths; ++k) {
         scan.states[k] = static_cast<const T*>(call.states[k]);
         scan.grad_states[k] = static_cast<T*>(call.grad_states[k]);
     }
+    scan.streaming = depths * layout.num_tokens * d * int64_t(sizeof(T)) >= STREAMED_BYTES && d % LANES == 0;
+    for (int64_t k = 0; k < depths; ++k) scan.streaming = scan.streaming && streamable(scan.grad_states[k]);
     parallel_for(chunks, threads, [&](int64_t chunk, int thread) { scan.chunk(chunk, rows.row(thread, 4 * d)); });
     if (shared) {
         // Groups are the prompts, then a response each, which has its gradient already.

@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -132,13 +132,19 @@ ALWAYS_INLINE vector_of<float, N> widen(const bf16* from) {
     return bit_cast<vector_of<float, N>>(bits << 16);
 }
 
+// The upper half of each fp32 number after rounding, as an integer that fits in 16 bits.
+template <int N>
+ALWAYS_INLINE vector_of<int32_t, N> rounded_to_bf16(vector_of<float, N> x) {
+    using U = vector_of<uint32_t, N>;
+    using I = vector_of<int32_t, N>;
+    const U bits = bit_cast<U>(x);
+    const U rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    return bit_cast<I>(select<U>((U)(x != x), bits | 0x400000u, rounded)) >> 16;  // NaN stays NaN
+}
+
 template <int N>
 ALWAYS_INLINE void narrow(bf16* to, vector_of<float, N> x) {
-    using U = vector_of<uint32_t, N>;
-    const U bits = bit_cast<U>(x);
-    const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const U kept = select<U>((U)((bits & 0x7fffffffu) > 0x7f800000u), (bits >> 16) | 0x40u, rounded);  // NaN stays NaN
-    const auto out = __builtin_convertvector(kept, vector_of<uint16_t, N>);
+    const auto out = __builtin_convertvector(rounded_to_bf16<N>(x), vector_of<int16_t, N>);
     std::memcpy(to, &out, sizeof out);
 }
 
@@ -213,6 +219,21 @@ ALWAYS_INLINE void store_pack(T* to, P x) {
     }
 }
 
+#if defined(__x86_64__) && !defined(__AVX512F__)
+// Two registers of 32-bit integers become one of 16-bit integers: compilers make much more of it.
+ALWAYS_INLINE void store_pack(bf16* to, Pack<float, REGISTER_BYTES / 2, false> x) {
+    constexpr int N = REGISTER_BYTES / 4;
+    const auto low = rounded_to_bf16<N>(x.low.v), high = rounded_to_bf16<N>(x.high.v);
+#if defined(__AVX2__)
+    const __m256i halves = _mm256_packs_epi32(bit_cast<__m256i>(low), bit_cast<__m256i>(high));
+    const __m256i out = _mm256_permute4x64_epi64(halves, 0xd8);  // packed within 128 bits: put the quarters in order
+#else
+    const __m128i out = _mm_packs_epi32(bit_cast<__m128i>(low), bit_cast<__m128i>(high));
+#endif
+    std::memcpy(to, &out, sizeof out);
+}
+#endif
+
 // How many of the sixteen lanes a step of a row has: all of them, or the rest of a row.
 struct All {};
 struct Rest {
@@ -241,6 +262,51 @@ ALWAYS_INLINE void store(T* to, Lanes<arithmetic<T>> x, Rest rest) {
     T held[LANES];
     store_pack(held, x);
     std::memcpy(to, held, rest.count * sizeof(T));
+}
+
+// A store that goes past the caches, for what nobody reads soon: memory need not be read before it is written. `to` at a
+// multiple of the sixteen numbers' size (`streamable`); after the last one `streamed`.
+template <class T>
+ALWAYS_INLINE void stream(T* to, Lanes<arithmetic<T>> x) {
+#if defined(__x86_64__)
+    alignas(64) T held[LANES];
+    store_pack(held, x);
+    constexpr int BYTES = LANES * sizeof(T);
+    constexpr int STEP = BYTES < REGISTER_BYTES ? BYTES : REGISTER_BYTES;
+    char *place = reinterpret_cast<char*>(to), *from = reinterpret_cast<char*>(held);
+    for (int i = 0; i < BYTES; i += STEP) {
+#if defined(__AVX512F__)
+        if constexpr (STEP == 64) _mm512_stream_si512(reinterpret_cast<__m512i*>(place + i), read<__m512i>(from + i));
+#endif
+#if defined(__AVX2__)
+        if constexpr (STEP == 32) _mm256_stream_si256(reinterpret_cast<__m256i*>(place + i), read<__m256i>(from + i));
+#endif
+        if constexpr (STEP == 16) _mm_stream_si128(reinterpret_cast<__m128i*>(place + i), read<__m128i>(from + i));
+    }
+#else
+    store_pack(to, x);
+#endif
+}
+
+template <class T>
+ALWAYS_INLINE void stream(T* to, Lanes<arithmetic<T>> x, All) {
+    stream(to, x);
+}
+
+template <class T>
+ALWAYS_INLINE void stream(T* to, Lanes<arithmetic<T>> x, Rest rest) {
+    store(to, x, rest);
+}
+
+template <class T>
+ALWAYS_INLINE bool streamable(const T* to) {
+    return reinterpret_cast<uintptr_t>(to) % (LANES * sizeof(T)) == 0;
+}
+
+ALWAYS_INLINE void streamed() {
+#if defined(__x86_64__)
+    _mm_sfence();  // others see these stores no later than what comes after
+#endif
 }
 
 // body(j, All or Rest) for every sixteen numbers of begin..end.
