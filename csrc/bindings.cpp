@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -119,6 +120,51 @@ void define_refinement(py::module_& m) {
     });
 }
 
+// Views, outputs, small weights: lists in the order of `Experts`.
+Experts experts_at(bool fp64, int threads, int64_t rows, int64_t features, int64_t view_units, int64_t router_units,
+                   const std::array<Address, 4>& views, Dtype view_in_dtype, Address view_in, Dtype router_in_dtype,
+                   Address router_in, const std::array<Address, 6>& small, const std::array<Address, 3>& outputs) {
+    return {fp64, threads, rows, features, view_units, router_units,
+            {at(views[0]), at(views[1]), at(views[2]), at(views[3])},
+            {view_in_dtype, at(view_in)}, {router_in_dtype, at(router_in)},
+            at(small[0]), at(small[1]), at(small[2]), at(small[3]), at(small[4]), at(small[5]),
+            at(outputs[0]), at(outputs[1]), at(outputs[2])};
+}
+
+void define_experts(py::module_& m) {
+    py::class_<Experts>(m, "Experts", "Addresses and sizes of a gated expert combination.")
+        .def(py::init(&experts_at), py::arg("fp64"), py::arg("threads"), py::arg("rows"), py::arg("features"),
+             py::arg("view_units"), py::arg("router_units"), py::arg("views"), py::arg("view_in_dtype"),
+             py::arg("view_in"), py::arg("router_in_dtype"), py::arg("router_in"), py::arg("small"),
+             py::arg("outputs"));
+    m.def("experts", [](const Experts& call) {
+        py::gil_scoped_release unlocked;
+        experts(call);
+    });
+    m.def("experts_backward", [](const Experts& forward, const std::array<Address, 3>& grads,
+                                 const std::array<Address, 4>& views, Address view_in, Address router_in,
+                                 const std::array<Address, 6>& small) {
+        const ExpertsBackward call{forward, at(grads[0]), at(grads[1]), at(grads[2]),
+                                   {at(views[0]), at(views[1]), at(views[2]), at(views[3])}, at(view_in), at(router_in),
+                                   at(small[0]), at(small[1]), at(small[2]), at(small[3]), at(small[4]), at(small[5])};
+        py::gil_scoped_release unlocked;
+        experts_backward(call);
+    });
+}
+
+void define_loss(py::module_& m) {
+    m.def("loss", [](bool fp64, int threads, int64_t pairs, int64_t sequences, double gamma, double temperature,
+                     double entropy_floor, double entropy_weight, Address chosen, Address rejected, Address pair_weight,
+                     Address view_weights, Address out, Address grad_chosen, Address grad_pair_weight,
+                     Address grad_view_weights) {
+        const Loss call{fp64, threads, pairs, sequences, gamma, temperature, entropy_floor, entropy_weight, at(chosen),
+                        at(rejected), at(pair_weight), at(view_weights), at(out), at(grad_chosen),
+                        at(grad_pair_weight), at(grad_view_weights)};
+        py::gil_scoped_release unlocked;
+        loss(call);
+    });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -131,4 +177,6 @@ PYBIND11_MODULE(_native, m) {
     define_levels(m);
     define_pooling(m);
     define_refinement(m);
+    define_experts(m);
+    define_loss(m);
 }

@@ -144,7 +144,7 @@ struct ExpertsBackward {
     Experts forward;                                          // its outputs are not touched
     const real *grad_reward, *grad_scores, *grad_pi;          // [B], [B, 3], [B, 3]
     real* grad_views[4];                                      // [B, d]
-    real *grad_view_in, *grad_router_in;                      // as the weights
+    void *grad_view_in, *grad_router_in;                      // as the weights, in their dtypes
     real *grad_view_in_bias, *grad_view_out, *grad_view_out_bias;
     real *grad_router_in_bias, *grad_router_out, *grad_router_out_bias;
 };
@@ -160,16 +160,19 @@ struct Loss {
     real *grad_chosen, *grad_pair_weight, *grad_view_weights;    // as the arguments, or null
 };
 
-#define ADAJUDGE_OPERATIONS(X)      \
-    X(means, Means)                     \
-    X(spread_means, SpreadMeans)        \
-    X(depth_weights, DepthWeights)      \
-    X(views, Views)                     \
-    X(views_backward, ViewsBackward)    \
-    X(rms_norm, RmsNorm)                \
-    X(rms_norm_backward, RmsNormBackward) \
-    X(swiglu, Swiglu)                   \
-    X(swiglu_backward, SwigluBackward)
+#define ADAJUDGE_OPERATIONS(X)              \
+    X(means, Means)                         \
+    X(spread_means, SpreadMeans)            \
+    X(depth_weights, DepthWeights)          \
+    X(views, Views)                         \
+    X(views_backward, ViewsBackward)        \
+    X(rms_norm, RmsNorm)                    \
+    X(rms_norm_backward, RmsNormBackward)   \
+    X(swiglu, Swiglu)                       \
+    X(swiglu_backward, SwigluBackward)      \
+    X(experts, Experts)                     \
+    X(experts_backward, ExpertsBackward)    \
+    X(loss, Loss)
 
 #define ADAJUDGE_DECLARE(name, Call) void name(const Call& call);
 

@@ -96,7 +96,7 @@ ALWAYS_INLINE Pack<A, N, ONE>& operator+=(Pack<A, N, ONE>& a, Pack<A, N, ONE> b)
 template <class P, class A>
 ALWAYS_INLINE P broadcast(A x) {
     if constexpr (P::lanes * sizeof(A) == REGISTER_BYTES) {
-        return {x - typename P::Register{}};  // x + 0 would make 0 of -0
+        return {x - typename P::Register{}};  // less zero: -0 stays -0, and compilers know that it is x
     } else {
         const auto half = broadcast<typename P::Half>(x);
         return {half, half};
@@ -320,13 +320,21 @@ ALWAYS_INLINE void for_lanes(int64_t begin, int64_t end, Body body) {
 // -- Functions -------------------------------------------------------------------------------------------------
 
 // The sum over the lanes: halves first.
-template <class A>
-ALWAYS_INLINE A sum(Lanes<A> x) {
-    A lane[LANES];
-    store_pack(lane, x);
-    for (int n = LANES / 2; n; n /= 2)
-        for (int i = 0; i < n; ++i) lane[i] += lane[i + n];
-    return lane[0];
+template <class A, int N>
+ALWAYS_INLINE A sum_halves(vector_of<A, N> x) {
+    if constexpr (N == 2) {
+        return x[0] + x[1];
+    } else {
+        vector_of<A, N / 2> half[2];
+        std::memcpy(half, &x, sizeof x);
+        return sum_halves<A, N / 2>(half[0] + half[1]);
+    }
+}
+
+template <class A, class P>
+ALWAYS_INLINE A sum(P x) {
+    if constexpr (P::lanes * sizeof(A) == REGISTER_BYTES) return sum_halves<A, P::lanes>(x.v);
+    else return sum<A>(x.low + x.high);
 }
 
 // exp(x) for x <= 0, within 2 ulp in fp32; 0 where the result would be no normal number. NaN stays NaN.
