@@ -1,4 +1,4 @@
-"""Builds and runs the C++ test of the CPU kernels: ``python tests/cpp/run.py [--sanitize] [--levels plain ..]``.
+"""Builds and runs the C++ test of the CPU kernels: ``python tests/cpp/run.py [--sanitize address,undefined] [--levels plain ..]``.
 
 CXX, CXXFLAGS and MAX_JOBS as for the module; a cross compiler's program runs under what ``--under`` names.
 """
@@ -14,21 +14,20 @@ sys.path.insert(0, str(ROOT))
 
 import native_build  # noqa: E402
 
-SANITIZERS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
-
-def build(folder: Path, sanitize: bool, levels: list[str]) -> Path:
+def build(folder: Path, sanitizers: str, levels: list[str]) -> Path:
     """The test program, its objects in `folder`; of the kernels only `levels`, if any are named."""
     compiler = native_build.find_compiler() or native_build.stop("there is no C++ compiler")
+    sanitized = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"] if sanitizers else []
     ninja = native_build.Ninja(folder)
-    native_build.cxx_rule(ninja, compiler, SANITIZERS if sanitize else ["-g"])
+    native_build.cxx_rule(ninja, compiler, ["-g1", *(["-O1", *sanitized] if sanitizers else [])])
     kernels = native_build.kernel_objects(ninja, compiler, levels)
     # What is checked is the kernels: the loops that check them may run fast.
     options = ["-O2", "-fno-sanitize=all"]
     cases = [ninja.object("cxx", source, options) for source in sorted(ROOT.glob("tests/cpp/*.cpp"))]
     # levels.cpp names the kernels of all instruction sets; those left out are never called.
     unresolved = ["-no-pie", "-Wl,--unresolved-symbols=ignore-all"] if levels else []
-    options = [*(SANITIZERS if sanitize else []), "-fopenmp", *unresolved]
+    options = [*sanitized, "-fopenmp", *unresolved]
     ninja.rule("link", [*compiler, *options, "$in", "-o", "$out"], depfile=False)
     program = ninja.step("link", folder.resolve() / "kernels_test", [*cases, *kernels])
     ninja.run()
