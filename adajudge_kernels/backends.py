@@ -39,7 +39,11 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 FAMILIES = ("pooling", "refinement", "experts", "loss")
 
 # The operation families that a backend serves, each by a module in the family's folder.
-SERVED: dict[str, tuple[str, ...]] = {"reference": FAMILIES, "cpu": (), "triton": FAMILIES}
+SERVED: dict[str, tuple[str, ...]] = {
+    "reference": FAMILIES,
+    "cpu": ("pooling", "refinement"),
+    "triton": FAMILIES,
+}
 _MODULES = {"reference": "reference", "cpu": "native", "triton": "triton", "cuda": "native"}
 
 _TRITON_FOUND = importlib.util.find_spec("triton") is not None

@@ -55,6 +55,12 @@ void define_pooling(py::module_& m) {
         py::gil_scoped_release unlocked;
         means(call);
     });
+    m.def("spread_means", [](Dtype dtype, int threads, const Layout& layout, int64_t features, Address prompt,
+                             Address response, Address all, Address grad_hidden) {
+        const SpreadMeans call{dtype, threads, layout, features, at(prompt), at(response), at(all), at(grad_hidden)};
+        py::gil_scoped_release unlocked;
+        spread_means(call);
+    });
     m.def("depth_weights", [](Dtype dtype, int64_t num_sequences, int64_t features, int64_t depths, Address context,
                               Address weight, Address bias, Address alpha) {
         const DepthWeights call{dtype, num_sequences, features, depths, at(context), at(weight), at(bias), at(alpha)};
@@ -71,6 +77,46 @@ void define_pooling(py::module_& m) {
         py::gil_scoped_release unlocked;
         views(call);
     });
+    m.def("views_backward", [](Dtype dtype, int threads, const Layout& layout, int64_t features, bool response_only,
+                               Address grad_last, Address grad_mean, Address grad_attention,
+                               const std::vector<Address>& states, Address alpha, Address weight, Address bias,
+                               Address attention, Address log_sum_exp, const std::vector<Address>& grad_states,
+                               Address grad_alpha, Address grad_weight) {
+        const std::vector<void*> from = at(states), to = at(grad_states);
+        const ViewsBackward call{dtype, threads, layout, features, static_cast<int64_t>(from.size()), response_only,
+                                 at(grad_last), at(grad_mean), at(grad_attention), from.data(), at(alpha), at(weight),
+                                 at(bias), at(attention), at(log_sum_exp), to.data(), at(grad_alpha), at(grad_weight)};
+        py::gil_scoped_release unlocked;
+        views_backward(call);
+    });
+}
+
+void define_refinement(py::module_& m) {
+    m.def("rms_norm", [](Dtype dtype, int threads, int64_t rows, int64_t features, double eps, Address x, Address update,
+                         Address weight, Address total, Address normed) {
+        const RmsNorm call{dtype, threads, rows, features, eps, at(x), at(update), at(weight), at(total), at(normed)};
+        py::gil_scoped_release unlocked;
+        rms_norm(call);
+    });
+    m.def("rms_norm_backward", [](Dtype dtype, int threads, int64_t rows, int64_t features, double eps,
+                                  Address grad_total, Address grad_normed, Address total, Address weight, Address grad,
+                                  Address grad_weight) {
+        const RmsNormBackward call{dtype, threads, rows, features, eps, at(grad_total), at(grad_normed), at(total),
+                                   at(weight), at(grad), at(grad_weight)};
+        py::gil_scoped_release unlocked;
+        rms_norm_backward(call);
+    });
+    m.def("swiglu", [](Dtype dtype, int threads, int64_t rows, int64_t features, Address gate_up, Address out) {
+        const Swiglu call{dtype, threads, rows, features, at(gate_up), at(out)};
+        py::gil_scoped_release unlocked;
+        swiglu(call);
+    });
+    m.def("swiglu_backward", [](Dtype dtype, int threads, int64_t rows, int64_t features, Address grad, Address gate_up,
+                                Address grad_gate_up) {
+        const SwigluBackward call{dtype, threads, rows, features, at(grad), at(gate_up), at(grad_gate_up)};
+        py::gil_scoped_release unlocked;
+        swiglu_backward(call);
+    });
 }
 
 }  // namespace
@@ -84,4 +130,5 @@ PYBIND11_MODULE(_native, m) {
         .value("float16", Dtype::float16);
     define_levels(m);
     define_pooling(m);
+    define_refinement(m);
 }

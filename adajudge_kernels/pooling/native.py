@@ -28,12 +28,36 @@ def depth_gate_forward(
     return alpha, prompt_mean, context
 
 
+def depth_gate_backward(
+    grad_alpha: Tensor,
+    grad_prompt: Tensor,
+    alpha: Tensor,
+    context: Tensor,
+    weight: Tensor,
+    tables: LayoutTables,
+    max_length: int,
+    hidden_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias. What has no tokens in it, ``[B, K]`` and ``[K, d]``, is plain PyTorch."""
+    dlogits = alpha * (grad_alpha - (grad_alpha * alpha).sum(dim=1, keepdim=True))
+    dcontext = dlogits @ weight.to(dlogits.dtype)
+    dhidden = _spread_means(tables, hidden_dtype, prompt=grad_prompt, everything=dcontext)
+    return dhidden, dlogits.mT @ context, dlogits.sum(dim=0)
+
+
 def masked_mean_pool_forward(hidden: Tensor, tables: LayoutTables, max_length: int, which: str) -> Tensor:
     """Mean over the tokens that `which` names, ``[B, d]``; zero where there are none."""
     acc = arithmetic_dtype(hidden.dtype)
     pooled = hidden.new_empty(tables.sequences.shape[0], hidden.shape[1], dtype=acc)
     _means(hidden, tables, **{"everything" if which == "all" else which: pooled})
     return pooled
+
+
+def masked_mean_pool_backward(
+    grad: Tensor, tables: LayoutTables, max_length: int, which: str, hidden_dtype: torch.dtype
+) -> Tensor:
+    """``dh_t = m_t / n g``."""
+    return _spread_means(tables, hidden_dtype, **{"everything" if which == "all" else which: grad})
 
 
 def multi_view_pool_forward(
@@ -57,6 +81,45 @@ def attention_pool_forward(
 ) -> tuple[Tensor, Tensor]:
     """``z_A [B, d]`` of one state, and the log-sum-exp ``[B]``."""
     return _views([hidden], None, weight, bias, tables, response_only)
+
+
+def multi_view_pool_backward(
+    grad_last: Tensor,
+    grad_mean: Tensor,
+    grad_attention: Tensor,
+    states: list[Tensor],
+    depth_weights: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    attention: Tensor,
+    log_sum_exp: Tensor,
+    tables: LayoutTables,
+    max_length: int,
+    response_only: bool,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Gradients of the states, the depth weights, the attention weight and bias (whose gradient is zero)."""
+    dalpha = attention.new_empty(depth_weights.shape)
+    grads = grad_last.contiguous(), grad_mean.contiguous()
+    call = weight, bias, attention, log_sum_exp, tables, response_only
+    dstates, dweight = _views_backward(grad_attention, states, *call, (depth_weights, dalpha, *grads))
+    return dstates, dalpha, dweight, dweight.new_zeros(1)
+
+
+def attention_pool_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    pooled: Tensor,
+    log_sum_exp: Tensor,
+    tables: LayoutTables,
+    max_length: int,
+    response_only: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias."""
+    call = weight, bias, pooled, log_sum_exp, tables, response_only
+    (dhidden,), dweight = _views_backward(grad, [hidden], *call)
+    return dhidden, dweight, dweight.new_zeros(1)
 
 
 def _views(
@@ -113,3 +176,71 @@ def _means(
         address(response),
         address(everything),
     )
+
+
+def _views_backward(
+    grad_attention: Tensor,
+    states: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    attention: Tensor,
+    log_sum_exp: Tensor,
+    tables: LayoutTables,
+    response_only: bool,
+    others: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """Gradients of states and attention weight.
+
+    `others`, where there are three views: the depth weights, where their gradient goes, and the gradients of last and mean.
+    """
+    states, acc = [x.contiguous() for x in states], attention.dtype
+    depth_weights, dalpha, grad_last, grad_mean = others or (None,) * 4
+    alpha = None if depth_weights is None else as_arithmetic(depth_weights, acc)
+    weight, bias, grad_attention = (
+        as_arithmetic(weight, acc),
+        as_arithmetic(bias, acc),
+        grad_attention.contiguous(),
+    )
+    dstates, dweight = [torch.empty_like(x) for x in states], torch.empty_like(weight)
+    compiled.module.views_backward(
+        dtype_code(states[0].dtype),
+        torch.get_num_threads(),
+        layout_of(tables),
+        states[0].shape[1],
+        response_only,
+        address(grad_last),
+        address(grad_mean),
+        address(grad_attention),
+        [x.data_ptr() for x in states],
+        address(alpha),
+        address(weight),
+        address(bias),
+        address(attention),
+        address(log_sum_exp),
+        [x.data_ptr() for x in dstates],
+        address(dalpha),
+        address(dweight),
+    )
+    return dstates, dweight
+
+
+def _spread_means(
+    tables: LayoutTables,
+    dtype: torch.dtype,
+    prompt: Tensor | None = None,
+    response: Tensor | None = None,
+    everything: Tensor | None = None,
+) -> Tensor:
+    """``[T, d]`` from the gradients ``[B, d]`` of the means that were taken."""
+    grads = [None if x is None else x.contiguous() for x in (prompt, response, everything)]
+    given = next(x for x in grads if x is not None)
+    out = given.new_empty(tables.roles.shape[0], given.shape[1], dtype=dtype)
+    compiled.module.spread_means(
+        dtype_code(dtype),
+        torch.get_num_threads(),
+        layout_of(tables),
+        out.shape[1],
+        *(address(x) for x in grads),
+        address(out),
+    )
+    return out

@@ -277,7 +277,7 @@ def _sequence_attention_fake(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     query, *_ = _split(projections)
-    kept = (0,) if backend == "reference" else (query.shape[1], query.shape[0])
+    kept = (query.shape[1], query.shape[0]) if backend == "triton" else (0,)
     return fresh(query), query.new_empty(kept, dtype=arithmetic_dtype(query.dtype))
 
 

@@ -161,9 +161,15 @@ struct Loss {
 };
 
 #define ADAJUDGE_OPERATIONS(X)      \
-    X(means, Means)                 \
-    X(depth_weights, DepthWeights)  \
-    X(views, Views)
+    X(means, Means)                     \
+    X(spread_means, SpreadMeans)        \
+    X(depth_weights, DepthWeights)      \
+    X(views, Views)                     \
+    X(views_backward, ViewsBackward)    \
+    X(rms_norm, RmsNorm)                \
+    X(rms_norm_backward, RmsNormBackward) \
+    X(swiglu, Swiglu)                   \
+    X(swiglu_backward, SwigluBackward)
 
 #define ADAJUDGE_DECLARE(name, Call) void name(const Call& call);
 

@@ -30,11 +30,13 @@ struct Scan {
             rows[k] = states[k] + slot * d;
             a[k] = broadcast<Lanes<A>>(depth_weights[k]);
         }
+        const A* w = weight;
         auto logit = broadcast<Lanes<A>>(A(0));
         for_lanes(0, d, [&](int64_t j, auto n) {
             Lanes<A> x = load(rows[0] + j, n) * a[0];
             for (int k = 1; k < K; ++k) x += load(rows[k] + j, n) * a[k];
-            logit += x * load(weight + j, n);
+            for (int k = 0; k < K; ++k) __builtin_prefetch(rows[k] + j + d);
+            logit += x * load(w + j, n);
             store(h + j, x, All{});  // rows of h are whole lanes wide
         });
         return sum<A>(logit);
@@ -53,21 +55,29 @@ struct Scan {
         }
     }
 
-    // weighted = weighted * scale + sum_r p_r h_r; if responses: sums += sum_r h_r.
-    template <int R>
-    void add(A* weighted_row, A* sum_row, bool responses, A scale, const A* p, const A* tile, int64_t width) const {
-        const int64_t d = call.features;
-        for_lanes(0, d, [&](int64_t j, auto n) {
-            Lanes<A> x = load(weighted_row + j, n) * broadcast<Lanes<A>>(scale);
-            for (int r = 0; r < R; ++r) x += load(tile + r * width + j, All{}) * broadcast<Lanes<A>>(p[r]);
+    // weighted = weighted * scale + sum_r p_r h_r; with SUM: sums += sum_r h_r.
+    template <int R, bool SUM>
+    void add(A* weighted_row, A* sum_row, A scale, const A* p, const A* tile, int64_t width) const {
+        const auto scales = broadcast<Lanes<A>>(scale);
+        Lanes<A> weights[R];
+        for (int r = 0; r < R; ++r) weights[r] = broadcast<Lanes<A>>(p[r]);
+        for_lanes(0, call.features, [&](int64_t j, auto n) {
+            Lanes<A> h = load(tile + j, All{}), total = h;
+            Lanes<A> x = load(weighted_row + j, n) * scales + h * weights[0];
+            for (int r = 1; r < R; ++r) {
+                h = load(tile + r * width + j, All{});
+                x += h * weights[r];
+                total += h;
+            }
             store(weighted_row + j, x, n);
+            if constexpr (SUM) store(sum_row + j, load(sum_row + j, n) + total, n);
         });
-        if (!responses) return;
-        for_lanes(0, d, [&](int64_t j, auto n) {
-            Lanes<A> x = load(tile + j, All{});
-            for (int r = 1; r < R; ++r) x += load(tile + r * width + j, All{});
-            store(sum_row + j, load(sum_row + j, n) + x, n);
-        });
+    }
+
+    template <int R>
+    void add(A* weighted_row, A* sum_row, A scale, const A* p, const A* tile, int64_t width) const {
+        if (sum_row) return add<R, true>(weighted_row, sum_row, scale, p, tile, width);
+        add<R, false>(weighted_row, nullptr, scale, p, tile, width);
     }
 
     // Tokens of a chunk in tiles of one role, so that a NaN in a prompt reaches no mean over responses.
@@ -91,12 +101,12 @@ struct Scan {
             A p[TILE];
             total *= scale;
             for (int r = 0; r < held; ++r) total += p[r] = exp_of_negative(logits[r] - top);
-            const bool responses = sum_row && held_role == RESPONSE;
+            A* to = held_role == RESPONSE ? sum_row : nullptr;
             switch (held) {
-                case 1: add<1>(weighted_row, sum_row, responses, scale, p, tile, width); break;
-                case 2: add<2>(weighted_row, sum_row, responses, scale, p, tile, width); break;
-                case 3: add<3>(weighted_row, sum_row, responses, scale, p, tile, width); break;
-                default: add<TILE>(weighted_row, sum_row, responses, scale, p, tile, width);
+                case 1: add<1>(weighted_row, to, scale, p, tile, width); break;
+                case 2: add<2>(weighted_row, to, scale, p, tile, width); break;
+                case 3: add<3>(weighted_row, to, scale, p, tile, width); break;
+                default: add<TILE>(weighted_row, to, scale, p, tile, width);
             }
             held = 0;
         };

@@ -96,7 +96,7 @@ ALWAYS_INLINE Pack<A, N, ONE>& operator+=(Pack<A, N, ONE>& a, Pack<A, N, ONE> b)
 template <class P, class A>
 ALWAYS_INLINE P broadcast(A x) {
     if constexpr (P::lanes * sizeof(A) == REGISTER_BYTES) {
-        return {typename P::Register{} + x};
+        return {x - typename P::Register{}};  // x + 0 would make 0 of -0
     } else {
         const auto half = broadcast<typename P::Half>(x);
         return {half, half};

@@ -1,4 +1,4 @@
-"""Builds and runs the C++ test of the CPU kernels: ``python tests/cpp/run.py [--sanitize address,undefined] [--levels plain ..]``.
+"""Builds and runs the C++ test of the CPU kernels: ``python tests/cpp/run.py --sanitize address,undefined --levels plain``.
 
 CXX, CXXFLAGS and MAX_JOBS as for the module; a cross compiler's program runs under what ``--under`` names.
 """

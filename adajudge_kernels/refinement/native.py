@@ -1,0 +1,89 @@
+"""The refinement block's rows on the compiled kernels (`csrc/cpu/refinement.cpp`). Attention on the CPU is torch's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adajudge_kernels import compiled
+from adajudge_kernels.compiled import address, as_arithmetic, dtype_code
+from adajudge_kernels.refinement.reference import sequence_attention_backward, sequence_attention_forward
+from adajudge_kernels.registration import arithmetic_dtype
+
+__all__ = [
+    "residual_rms_norm_backward",
+    "residual_rms_norm_forward",
+    "sequence_attention_backward",
+    "sequence_attention_forward",
+    "swiglu_backward",
+    "swiglu_forward",
+]
+
+
+def residual_rms_norm_forward(
+    x: Tensor, update: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """``u`` (x itself if there is no update) and ``RMSNorm(u)``."""
+    x, weight = x.contiguous(), as_arithmetic(weight, arithmetic_dtype(x.dtype))
+    update = None if update is None else update.contiguous()
+    total, normed = x if update is None else torch.empty_like(x), torch.empty_like(x)
+    compiled.module.rms_norm(
+        dtype_code(x.dtype),
+        torch.get_num_threads(),
+        *x.shape,
+        eps,
+        address(x),
+        address(update),
+        address(weight),
+        address(None if update is None else total),
+        address(normed),
+    )
+    return total, normed
+
+
+def residual_rms_norm_backward(
+    grad_total: Tensor | None, grad_normed: Tensor, total: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x (and of the update: the same) and of the weight."""
+    grad_normed, total = grad_normed.contiguous(), total.contiguous()
+    grad_total = None if grad_total is None else grad_total.contiguous()
+    weight = as_arithmetic(weight, arithmetic_dtype(total.dtype))
+    grad, grad_weight = torch.empty_like(total), torch.empty_like(weight)
+    compiled.module.rms_norm_backward(
+        dtype_code(total.dtype),
+        torch.get_num_threads(),
+        *total.shape,
+        eps,
+        address(grad_total),
+        address(grad_normed),
+        address(total),
+        address(weight),
+        address(grad),
+        address(grad_weight),
+    )
+    return grad, grad_weight
+
+
+def swiglu_forward(gate_up: Tensor) -> Tensor:
+    """``silu(gate) * up``, ``[T, f]``."""
+    gate_up = gate_up.contiguous()
+    out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    compiled.module.swiglu(
+        dtype_code(out.dtype), torch.get_num_threads(), *out.shape, address(gate_up), address(out)
+    )
+    return out
+
+
+def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    """Gradient of the merged projection, ``[T, 2f]``."""
+    grad, gate_up = grad.contiguous(), gate_up.contiguous()
+    out = torch.empty_like(gate_up)
+    compiled.module.swiglu_backward(
+        dtype_code(out.dtype),
+        torch.get_num_threads(),
+        *grad.shape,
+        address(grad),
+        address(gate_up),
+        address(out),
+    )
+    return out
