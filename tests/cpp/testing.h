@@ -171,21 +171,24 @@ public:
         return tokens.finished();
     }
 
-    // Every prompt once, before its candidates' responses.
+    // Every prompt once, before its candidates' responses; some without a token, some without a candidate. Groups are
+    // the prompts, then the responses.
     static Tokens shared(int64_t prompts) {
         Tokens tokens("shared");
+        std::vector<Group> responses;
         for (int64_t p = 0; p < prompts; ++p) {
-            const int32_t start = tokens.size(), candidates = integer(1, 3);
+            const int32_t start = tokens.size(), candidates = integer(0, 3), first = tokens.sequences.size();
             tokens.append(PROMPT, integer(0, 100));
             const int32_t stop = tokens.size();
-            if (stop > start) tokens.groups_.push_back({start, stop, int32_t(tokens.sequences.size()), candidates});
+            tokens.groups_.push_back({start, stop, first, candidates});
             for (int32_t c = 0; c < candidates; ++c) {
                 const int32_t own = tokens.size();
                 tokens.append(RESPONSE, integer(1, 80));
-                tokens.groups_.push_back({own, tokens.size(), int32_t(tokens.sequences.size()), 1});
+                responses.push_back({own, tokens.size(), first + c, 1});
                 tokens.sequences.push_back({start, stop, own, tokens.size()});
             }
         }
+        tokens.groups_.insert(tokens.groups_.end(), responses.begin(), responses.end());
         return tokens.finished();
     }
 
