@@ -37,9 +37,7 @@ def build(folder: Path, sanitizers: str, levels: list[str]) -> Path:
 def main() -> int:
     """Exit code of the program: 0 where every case agrees."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--sanitize", action="store_true", help="AddressSanitizer and UndefinedBehaviorSanitizer"
-    )
+    parser.add_argument("--sanitize", default="", help="sanitizers, e.g. address,undefined")
     parser.add_argument(
         "--levels", nargs="+", default=[], help="instruction sets, default all that the processor has"
     )
