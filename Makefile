@@ -6,31 +6,49 @@ GPU_PYTHON ?= python3
 VENV       ?= .venv
 BIN        := $(VENV)/bin
 INSTALLED  := $(VENV)/.installed
+BUILT      := $(VENV)/.built
+SOURCES    := $(wildcard csrc/*.* csrc/*/*.*)
 WORKERS    ?= 2
 
-.PHONY: setup demo test lint test-gpu bench bench-gpu judge clean
+.PHONY: setup demo test test-sanitizers test-arm lint test-gpu bench bench-gpu judge clean
 
-setup: $(INSTALLED)
+setup: $(BUILT)
 
-$(INSTALLED): pyproject.toml setup.py constraints/cpu.txt
+# The build's own needs first, and no isolation: both steps then use the same pybind11, and the second finds the
+# objects of the first.
+$(INSTALLED): pyproject.toml setup.py native_build.py constraints/cpu.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints/cpu.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints/cpu.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints/cpu.txt torch 'setuptools>=77' pybind11 ninja
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints/cpu.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# What changed in csrc/ is compiled again.
+$(BUILT): $(INSTALLED) $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
 # Two of the example rows are malformed on purpose: exit code 1 says so, anything else is a failure.
-demo: $(INSTALLED)
+demo: $(BUILT)
 	@mkdir -p out
 	$(BIN)/adajudge score examples/pairs.jsonl --output out/demo.jsonl --table; test $$? -eq 1
 	@echo; echo "The same from Python, examples/score.py:"; echo
 	$(BIN)/python examples/score.py
 
 test: lint
-	$(BIN)/python -m pytest -n $(WORKERS) --durations=5
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations=5
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=5 -k triton-cpu \
 		tests/kernels tests/adajudge/test_judge_on_triton.py
 
-lint: $(INSTALLED)
+# The C++ test of the CPU kernels with every check, on every instruction set of this processor.
+test-sanitizers: $(BUILT)
+	$(BIN)/python tests/cpp/run.py --sanitize address,undefined
+
+# The same program for ARM, in an emulator: Debian's g++-aarch64-linux-gnu and qemu-user.
+test-arm: $(BUILT)
+	CXX=aarch64-linux-gnu-g++ $(BIN)/python tests/cpp/run.py --folder build/cpp-arm \
+		--under "qemu-aarch64 -L /usr/aarch64-linux-gnu"
+
+lint: $(BUILT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -38,7 +56,7 @@ lint: $(INSTALLED)
 test-gpu:
 	PYTHONPATH=.:python $(GPU_PYTHON) -m pytest tests -m gpu
 
-bench: $(INSTALLED)
+bench: $(BUILT)
 	@mkdir -p benchmarks/results
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/cpu.json
 
@@ -48,8 +66,8 @@ bench-gpu:
 		--benchmark-json=benchmarks/results/gpu.json
 
 # The built-in judge from nothing: world, backbone, heads, baselines, card. Under 30 minutes on 2 cores.
-judge: $(INSTALLED)
+judge: $(BUILT)
 	$(BIN)/python -m adajudge.builtin.build
 
 clean:
-	rm -rf $(VENV) out build dist *.egg-info
+	rm -rf $(VENV) out build dist *.egg-info adajudge_kernels/_native*

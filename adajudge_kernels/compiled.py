@@ -8,7 +8,9 @@ results have the same bits on all of them.
 
 from __future__ import annotations
 
+import importlib
 import os
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -27,8 +29,7 @@ missing: str | None = None
 
 
 def _load() -> ModuleType:
-    from adajudge_kernels import _native  # type: ignore[attr-defined]
-
+    _native = importlib.import_module("adajudge_kernels._native")
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     if named:
         if named not in _native.levels():
@@ -43,7 +44,12 @@ def _load() -> ModuleType:
 try:
     module = _load()
 except ImportError as error:
-    missing = f"the compiled module is not there ({error})"
+    _reason = Path(__file__).with_name(
+        "_native_missing.txt"
+    )  # written by an installation that did not build it
+    missing = (
+        _reason.read_text().strip() if _reason.exists() else f"the compiled module is not there ({error})"
+    )
 
 _DTYPES = {
     torch.float64: "float64",
