@@ -73,7 +73,8 @@ def address(x: Tensor | None) -> int:
 
 def as_arithmetic(x: Tensor, acc: torch.dtype) -> Tensor:
     """A small argument as the kernels want it: in the precision of their arithmetic, contiguous."""
-    return x.to(acc).contiguous()
+    x = x if x.dtype == acc else x.to(acc)
+    return x if x.is_contiguous() else x.contiguous()
 
 
 def layout_of(tables: LayoutTables) -> Any:

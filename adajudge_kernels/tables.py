@@ -20,7 +20,8 @@ class LayoutTables(NamedTuple):
             number of the first chunk) per sequence.
         chunks: ``[N]``, the sequence of each chunk, sequence after sequence.
         groups: ``[G, 5]``, (start, stop, first reader, readers, number of the first chunk) per group of
-            `SequenceLayout.query_ranges`; the sequences that read a group are consecutive.
+            `SequenceLayout.query_ranges`: first the shared prompts, then a group for each sequence's own tokens. The
+            sequences that read a group are consecutive.
         group_chunks: ``[M]``, the group of each chunk of a group.
     """
 

@@ -118,7 +118,7 @@ void add_dot_products(const A* z, int64_t z_stride, const T* const* w, int64_t w
         for (int r = 0; r < R; ++r) x[r] = load(z + r * z_stride + j, n);
         for (int u = 0; u < TILE_COLUMNS; ++u) {
             const Lanes<A> y = load(w[u] + j, n);
-            for (int r = 0; r < R; ++r) total[r][u] += x[r] * y;
+            for (int r = 0; r < R; ++r) total[r][u] = multiply_add(x[r], y, total[r][u]);
         }
     });
     for (int r = 0; r < R; ++r)
@@ -217,7 +217,7 @@ Row<A> evaluate(const Experts& call, const A* shares, A* pre, A* hidden) {
     });
     const auto reach = [&](const A* units, const A* weight, int64_t count) {
         auto total = broadcast<Lanes<A>>(A(0));
-        for_lanes(0, count, [&](int64_t j, auto n) { total += load(units + j, n) * load(weight + j, n); });
+        for_lanes(0, count, [&](int64_t j, auto n) { total = multiply_add(load(units + j, n), load(weight + j, n), total); });
         return sum<A>(total);
     };
     for (int v = 0; v < 3; ++v) {

@@ -33,7 +33,7 @@ void add_products(const A* a, int64_t a_row, int64_t a_column, const A* panel, i
             for (int c = 0; c < TILE_COLUMNS; ++c) x[c] = load(panel + k * WIDTH + j + c * LANES, All{});
             for (int i = 0; i < R; ++i) {
                 const auto y = broadcast<Lanes<A>>(a[i * a_row + k * a_column]);
-                for (int c = 0; c < TILE_COLUMNS; ++c) total[i][c] += y * x[c];
+                for (int c = 0; c < TILE_COLUMNS; ++c) total[i][c] = multiply_add(y, x[c], total[i][c]);
             }
         }
         for (int i = 0; i < R; ++i)
@@ -82,7 +82,8 @@ struct Backward {
             for_lanes(0, mlp.units, [&](int64_t j, auto n) {
                 auto reach = broadcast<Lanes<A>>(A(0));
                 for (int o = 0; o < mlp.outputs; ++o)
-                    reach += broadcast<Lanes<A>>(doutputs[mlp.first_output + o]) * load(weight + o * mlp.units + j, n);
+                    reach = multiply_add(broadcast<Lanes<A>>(doutputs[mlp.first_output + o]),
+                                         load(weight + o * mlp.units + j, n), reach);
                 const Lanes<A> z = load(x + j, n), s = sigmoid(z), one = broadcast<Lanes<A>>(A(1));
                 store(x + j, reach * (s * (one + z * (one - s))), n);  // silu'(z)
             });
@@ -159,7 +160,7 @@ struct Backward {
                     const Lanes<A> layer = load(hidden + place, n);
                     block[0] += load(pre + place, n);
                     for (int o = 0; o < OUTPUTS; ++o)
-                        block[1 + o] += layer * broadcast<Lanes<A>>(outputs[6 * b + mlp.first_output + o]);
+                        block[1 + o] = multiply_add(layer, broadcast<Lanes<A>>(outputs[6 * b + mlp.first_output + o]), block[1 + o]);
                 }
                 for (int i = 0; i <= OUTPUTS; ++i) total[i] += block[i];
             }

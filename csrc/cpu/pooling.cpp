@@ -6,7 +6,7 @@
 namespace adajudge::ADAJUDGE_LEVEL {
 namespace {
 
-constexpr int TILE = 4;                // tokens whose rows are added to a view together, while they are in the cache
+constexpr int TILE = 6;                // tokens whose rows are added to a view together, while they are in the cache
 constexpr int64_t COMBINED = 512;      // features that a thread combines at once
 
 template <class T>
@@ -21,38 +21,30 @@ struct Scan {
     A *sums, *weighted, *tops, *totals;
 
     // h = sum_k alpha_k H_k of one token, and w . h.
-    template <int K>
-    A mix(int64_t slot, const A* depth_weights, A* h) const {
-        const int64_t d = call.features;
-        const T* rows[K];
-        Lanes<A> a[K];
-        for (int k = 0; k < K; ++k) {
+    template <class Known>
+    A mix(Known, int64_t slot, const A* depth_weights, A* h) const {
+        const int64_t d = call.features, depths = Known::known ? Known::known : call.depths;
+        const T* rows[Known::most];
+        Lanes<A> a[Known::most];
+        for (int k = 0; k < depths; ++k) {
             rows[k] = states[k] + slot * d;
             a[k] = broadcast<Lanes<A>>(depth_weights[k]);
         }
         const A* w = weight;
         auto logit = broadcast<Lanes<A>>(A(0));
-        for_lanes(0, d, [&](int64_t j, auto n) {
-            Lanes<A> x = load(rows[0] + j, n) * a[0];
-            for (int k = 1; k < K; ++k) x += load(rows[k] + j, n) * a[k];
-            for (int k = 0; k < K; ++k) __builtin_prefetch(rows[k] + j + d);
-            logit += x * load(w + j, n);
-            store(h + j, x, All{});  // rows of h are whole lanes wide
+        for_segments(d, [&](int64_t begin, int64_t end) {
+            auto part = broadcast<Lanes<A>>(A(0));
+            for_lanes(begin, end, [&](int64_t j, auto n) {
+                Lanes<A> x = load(rows[0] + j, n) * a[0];
+                for (int k = 1; k < depths; ++k) x = multiply_add(load(rows[k] + j, n), a[k], x);
+                if constexpr (sizeof(T) == 2)  // most often of the next token: the loop is faster than memory without
+                    for (int k = 0; k < depths; ++k) __builtin_prefetch(rows[k] + j + d);
+                part = multiply_add(x, load(w + j, n), part);
+                store(h + j, x, All{});  // rows of h are whole lanes wide
+            });
+            logit += part;
         });
         return sum<A>(logit);
-    }
-
-    A mix(int64_t slot, const A* depth_weights, A* h) const {
-        switch (call.depths) {
-            case 1: return mix<1>(slot, depth_weights, h);
-            case 2: return mix<2>(slot, depth_weights, h);
-            case 3: return mix<3>(slot, depth_weights, h);
-            case 4: return mix<4>(slot, depth_weights, h);
-            case 5: return mix<5>(slot, depth_weights, h);
-            case 6: return mix<6>(slot, depth_weights, h);
-            case 7: return mix<7>(slot, depth_weights, h);
-            default: return mix<8>(slot, depth_weights, h);
-        }
     }
 
     // weighted = weighted * scale + sum_r p_r h_r; with SUM: sums += sum_r h_r.
@@ -63,10 +55,10 @@ struct Scan {
         for (int r = 0; r < R; ++r) weights[r] = broadcast<Lanes<A>>(p[r]);
         for_lanes(0, call.features, [&](int64_t j, auto n) {
             Lanes<A> h = load(tile + j, All{}), total = h;
-            Lanes<A> x = load(weighted_row + j, n) * scales + h * weights[0];
+            Lanes<A> x = multiply_add(load(weighted_row + j, n), scales, h * weights[0]);
             for (int r = 1; r < R; ++r) {
                 h = load(tile + r * width + j, All{});
-                x += h * weights[r];
+                x = multiply_add(h, weights[r], x);
                 total += h;
             }
             store(weighted_row + j, x, n);
@@ -81,7 +73,8 @@ struct Scan {
     }
 
     // Tokens of a chunk in tiles of one role, so that a NaN in a prompt reaches no mean over responses.
-    void chunk(int64_t index, A* tile) const {
+    template <class Known>
+    void chunk(Known known, int64_t index, A* tile) const {
         const int64_t d = call.features, width = parts(d, LANES) * LANES;
         const Chunk c = chunk_at(call.layout, index);
         const A one = 1;
@@ -102,11 +95,10 @@ struct Scan {
             total *= scale;
             for (int r = 0; r < held; ++r) total += p[r] = exp_of_negative(logits[r] - top);
             A* to = held_role == RESPONSE ? sum_row : nullptr;
-            switch (held) {
-                case 1: add<1>(weighted_row, to, scale, p, tile, width); break;
-                case 2: add<2>(weighted_row, to, scale, p, tile, width); break;
-                case 3: add<3>(weighted_row, to, scale, p, tile, width); break;
-                default: add<TILE>(weighted_row, to, scale, p, tile, width);
+            if (held == TILE) {
+                add<TILE>(weighted_row, to, scale, p, tile, width);
+            } else {
+                for (int r = 0; r < held; ++r) add<1>(weighted_row, to, r ? A(1) : scale, p + r, tile + r * width, width);
             }
             held = 0;
         };
@@ -116,7 +108,7 @@ struct Scan {
             if (call.response_only && role != RESPONSE) continue;
             if (held == TILE || (held && role != held_role)) flush();
             A* h = tile + held * width;
-            logits[held++] = mix(slot, depth_weights, h) + bias;
+            logits[held++] = mix(known, slot, depth_weights, h) + bias;
             held_role = role;
             if (alpha && slot == c.sequence.last_response)
                 std::memcpy(static_cast<A*>(call.last) + c.sequence_index * d, h, static_cast<std::size_t>(d) * sizeof(A));
@@ -145,7 +137,7 @@ struct Scan {
             const auto share = broadcast<Lanes<A>>(exp_of_negative(tops[c] - top));
             const A* from = weighted + c * d + begin;
             for_lanes(0, end - begin, [&](int64_t j, auto n) {
-                store(attention + j, load(attention + j, n) + load(from + j, n) * share, n);
+                store(attention + j, multiply_add(load(from + j, n), share, load(attention + j, n)), n);
             });
             if (mean) add_row(mean, sums + c * d + begin, end - begin);
         }
@@ -169,7 +161,11 @@ void run_views(const Views& call) {
                  static_cast<const A*>(call.bias)[0], partial.row(1, chunks * d), partial.data(),
                  scalars.data(), scalars.row(1, chunks)};
     for (int64_t k = 0; k < call.depths; ++k) scan.states[k] = static_cast<const T*>(call.states[k]);
-    parallel_for(chunks, threads, [&](int64_t chunk, int thread) { scan.chunk(chunk, tiles.row(thread, TILE * width)); });
+    with_depths(call.depths, [&](auto known) {
+        parallel_for(chunks, threads, [&](int64_t chunk, int thread) {
+            scan.chunk(known, chunk, tiles.row(thread, TILE * width));
+        });
+    });
     const int64_t blocks = parts(d, COMBINED), pieces = call.layout.num_sequences * blocks;
     parallel_for(pieces, threads_for(2 * chunks * d, pieces, call.threads), [&](int64_t piece, int) {
         const int64_t begin = piece % blocks * COMBINED;

@@ -11,6 +11,23 @@ using adajudge::Layout;
 using adajudge::MAX_DEPTHS;
 using adajudge::real;
 
+// body(Depths<K>{}) with K = depths known at compile time, or 0 for the many of which that is not worth its code.
+template <int K>
+struct Depths {
+    static constexpr int known = K, most = K ? K : MAX_DEPTHS;
+};
+
+template <class Body>
+ALWAYS_INLINE auto with_depths(int64_t depths, Body body) {
+    switch (depths) {
+        case 1: return body(Depths<1>{});
+        case 2: return body(Depths<2>{});
+        case 3: return body(Depths<3>{});
+        case 4: return body(Depths<4>{});
+        default: return body(Depths<0>{});
+    }
+}
+
 constexpr int8_t PADDING = 0, PROMPT = 1, RESPONSE = 2;
 
 // A sequence's tokens have positions 0.. that run through its first range, then through its second.
@@ -70,7 +87,11 @@ void add_row(A* to, const T* from, int64_t d) {
 template <class A>
 A dot(const A* a, const A* b, int64_t d) {
     auto total = broadcast<Lanes<A>>(A(0));
-    for_lanes(0, d, [&](int64_t j, auto n) { total += load(a + j, n) * load(b + j, n); });
+    for_segments(d, [&](int64_t begin, int64_t end) {
+        auto part = broadcast<Lanes<A>>(A(0));
+        for_lanes(begin, end, [&](int64_t j, auto n) { part = multiply_add(load(a + j, n), load(b + j, n), part); });
+        total += part;
+    });
     return sum<A>(total);
 }
 

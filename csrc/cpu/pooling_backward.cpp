@@ -28,84 +28,94 @@ struct ScanBackward {
     };
 
     // h = sum_k alpha_k H_k; returns w . h, and g_A . (h - z_A) in `grad_dot`.
-    template <int K>
-    ALWAYS_INLINE A mix(const T* const* rows, const A* depth_weights, const A* grad, const A* pooled, A* h,
+    template <class Known>
+    ALWAYS_INLINE A mix(Known, const T* const* rows, const A* depth_weights, const A* grad, const A* pooled, A* h,
                         A& grad_dot) const {
-        const int64_t d = call.features;
+        const int64_t d = call.features, depths = Known::known ? Known::known : call.depths;
         const A* w = weight;
-        Lanes<A> a[K];
-        for (int k = 0; k < K; ++k) a[k] = broadcast<Lanes<A>>(depth_weights[k]);
+        Lanes<A> a[Known::most];
+        for (int k = 0; k < depths; ++k) a[k] = broadcast<Lanes<A>>(depth_weights[k]);
         auto logit = broadcast<Lanes<A>>(A(0)), dot = logit;
-        for_lanes(0, d, [&](int64_t j, auto n) {
-            Lanes<A> x = load(rows[0] + j, n) * a[0];
-            for (int k = 1; k < K; ++k) x += load(rows[k] + j, n) * a[k];
-            for (int k = 0; k < K; ++k) __builtin_prefetch(rows[k] + j + d);
-            logit += x * load(w + j, n);
-            dot += (x - load(pooled + j, n)) * load(grad + j, n);
-            store(h + j, x, n);
+        for_segments(d, [&](int64_t begin, int64_t end) {
+            auto logit_part = broadcast<Lanes<A>>(A(0)), dot_part = logit_part;
+            for_lanes(begin, end, [&](int64_t j, auto n) {
+                Lanes<A> x = load(rows[0] + j, n) * a[0];
+                for (int k = 1; k < depths; ++k) x = multiply_add(load(rows[k] + j, n), a[k], x);
+                if constexpr (sizeof(T) == 2)
+                    for (int k = 0; k < depths; ++k) __builtin_prefetch(rows[k] + j + d);
+                logit_part = multiply_add(x, load(w + j, n), logit_part);
+                dot_part = multiply_add(x - load(pooled + j, n), load(grad + j, n), dot_part);
+                store(h + j, x, n);
+            });
+            logit += logit_part;
+            dot += dot_part;
         });
         grad_dot = sum<A>(dot);
         return sum<A>(logit);
     }
 
     // g = base + beta g_A + dlogit w; dH_k = alpha_k g, dalpha_k += g . H_k, dw += dlogit h.
-    template <int K, bool WRITE, bool STREAM>
-    ALWAYS_INLINE void spread(const T* const* rows, T* const* grad_rows, const A* depth_weights, const A* base,
+    template <bool WRITE, bool STREAM, class Known>
+    ALWAYS_INLINE void spread(Known, const T* const* rows, T* const* grad_rows, const A* depth_weights, const A* base,
                               const A* grad, A beta, A grad_logit, const A* h, A* grad_alpha, A* grad_weight) const {
         const A* w = weight;
-        Lanes<A> a[K], dots[K];
-        for (int k = 0; k < K; ++k) {
-            a[k] = broadcast<Lanes<A>>(depth_weights[k]);
-            dots[k] = broadcast<Lanes<A>>(A(0));
-        }
+        const int64_t depths = Known::known ? Known::known : call.depths;
+        Lanes<A> a[Known::most];
+        for (int k = 0; k < depths; ++k) a[k] = broadcast<Lanes<A>>(depth_weights[k]);
         const auto betas = broadcast<Lanes<A>>(beta), dlogits = broadcast<Lanes<A>>(grad_logit);
-        for_lanes(0, call.features, [&](int64_t j, auto n) {
-            const Lanes<A> g = load(base + j, n) + load(grad + j, n) * betas + load(w + j, n) * dlogits;
-            store(grad_weight + j, load(grad_weight + j, n) + load(h + j, n) * dlogits, n);
-            for (int k = 0; k < K; ++k) {
-                dots[k] += g * load(rows[k] + j, n);
-                if constexpr (WRITE && STREAM) stream(grad_rows[k] + j, g * a[k], n);
-                if constexpr (WRITE && !STREAM) store(grad_rows[k] + j, g * a[k], n);
-            }
+        for_segments(call.features, [&](int64_t begin, int64_t end) {
+            Lanes<A> dots[Known::most];
+            for (int k = 0; k < depths; ++k) dots[k] = broadcast<Lanes<A>>(A(0));
+            for_lanes(begin, end, [&](int64_t j, auto n) {
+                const Lanes<A> of_view = multiply_add(load(grad + j, n), betas, load(base + j, n));
+                const Lanes<A> g = multiply_add(load(w + j, n), dlogits, of_view);
+                store(grad_weight + j, multiply_add(load(h + j, n), dlogits, load(grad_weight + j, n)), n);
+                for (int k = 0; k < depths; ++k) {
+                    dots[k] = multiply_add(g, load(rows[k] + j, n), dots[k]);
+                    if constexpr (WRITE && STREAM) stream(grad_rows[k] + j, g * a[k], n);
+                    if constexpr (WRITE && !STREAM) store(grad_rows[k] + j, g * a[k], n);
+                }
+            });
+            for (int k = 0; k < depths; ++k) grad_alpha[k] += sum<A>(dots[k]);
         });
-        for (int k = 0; k < K; ++k) grad_alpha[k] += sum<A>(dots[k]);
     }
 
-    template <int K>
-    void token(const Chunk& c, int64_t index, int64_t position, const Rows& held, A* grad_alpha) const {
+    template <class Known>
+    void token(Known known, const Chunk& c, int64_t index, int64_t position, const Rows& held, A* grad_alpha) const {
         const int64_t d = call.features, slot = c.sequence.slot(position), b = c.sequence_index;
         const bool own = !shared || position >= c.sequence.first();
         const bool response = call.layout.roles[slot] == RESPONSE;
-        const T* rows[K];
-        T* grad_rows[K];
-        for (int k = 0; k < K; ++k) {
+        const int64_t depths = Known::known ? Known::known : call.depths;
+        const T* rows[Known::most];
+        T* grad_rows[Known::most];
+        for (int k = 0; k < depths; ++k) {
             rows[k] = states[k] + slot * d;
             grad_rows[k] = grad_states[k] + slot * d;
         }
         if (call.response_only && !response) {  // nobody has read it
-            for (int k = 0; own && k < K; ++k) fill_zero(grad_rows[k], d);
+            for (int k = 0; own && k < depths; ++k) fill_zero(grad_rows[k], d);
             return;
         }
-        const A one = 1, *depth_weights = alpha ? alpha + b * K : &one, *grad = grad_attention + b * d;
+        const A one = 1, *depth_weights = alpha ? alpha + b * depths : &one, *grad = grad_attention + b * d;
         A grad_dot;
-        const A logit = mix<K>(rows, depth_weights, grad, attention + b * d, held.h, grad_dot) + bias;
+        const A logit = mix(known, rows, depth_weights, grad, attention + b * d, held.h, grad_dot) + bias;
         const A beta = exp_of_negative(logit - log_sum_exp[b]), grad_logit = beta * grad_dot;
         const A* base = slot == c.sequence.last_response ? held.last : response ? held.response : held.prompt;
         A* grad_weight = grad_weight_parts + index * d;
         if (own && streaming)
-            spread<K, true, true>(rows, grad_rows, depth_weights, base, grad, beta, grad_logit, held.h, grad_alpha, grad_weight);
+            spread<true, true>(known, rows, grad_rows, depth_weights, base, grad, beta, grad_logit, held.h, grad_alpha, grad_weight);
         else if (own)
-            spread<K, true, false>(rows, grad_rows, depth_weights, base, grad, beta, grad_logit, held.h, grad_alpha, grad_weight);
+            spread<true, false>(known, rows, grad_rows, depth_weights, base, grad, beta, grad_logit, held.h, grad_alpha, grad_weight);
         else
-            spread<K, false, false>(rows, grad_rows, depth_weights, base, grad, beta, grad_logit, held.h, grad_alpha, grad_weight);
+            spread<false, false>(known, rows, grad_rows, depth_weights, base, grad, beta, grad_logit, held.h, grad_alpha, grad_weight);
         if (!own) {
             betas[index * CHUNK_TOKENS + position - c.begin] = beta;
             grad_logits[index * CHUNK_TOKENS + position - c.begin] = grad_logit;
         }
     }
 
-    template <int K>
-    void chunk(int64_t index, A* scratch) const {
+    template <class Known>
+    void chunk(Known known, int64_t index, A* scratch) const {
         const int64_t d = call.features;
         const Chunk c = chunk_at(call.layout, index);
         const Rows held{scratch, scratch + d, scratch + 2 * d, scratch + 3 * d};
@@ -120,25 +130,12 @@ struct ScanBackward {
                 store(held.last + j, mean + load(grad_last + j, n), n);
             });
         }
-        A* grad_alpha = grad_alpha_parts + index * K;
-        fill_zero(grad_alpha, K);
+        A* grad_alpha = grad_alpha_parts + index * call.depths;
+        fill_zero(grad_alpha, call.depths);
         fill_zero(grad_weight_parts + index * d, d);
         for (int64_t position = c.begin; position < c.end; ++position)
-            token<K>(c, index, position, held, grad_alpha);
+            token(known, c, index, position, held, grad_alpha);
         if (streaming) streamed();
-    }
-
-    void chunk(int64_t index, A* scratch) const {
-        switch (call.depths) {
-            case 1: return chunk<1>(index, scratch);
-            case 2: return chunk<2>(index, scratch);
-            case 3: return chunk<3>(index, scratch);
-            case 4: return chunk<4>(index, scratch);
-            case 5: return chunk<5>(index, scratch);
-            case 6: return chunk<6>(index, scratch);
-            case 7: return chunk<7>(index, scratch);
-            default: return chunk<8>(index, scratch);
-        }
     }
 
     // dH_k = sum over readers of alpha_k (beta g_A + dlogit w), for a chunk of a prompt's tokens.
@@ -154,14 +151,14 @@ struct ScanBackward {
                     const auto share = broadcast<Lanes<A>>(depth_weight * betas[place]);
                     const A* grad = grad_attention + b * d;
                     for_lanes(0, d, [&](int64_t j, auto n) {
-                        store(row + j, load(row + j, n) + load(grad + j, n) * share, n);
+                        store(row + j, multiply_add(load(grad + j, n), share, load(row + j, n)), n);
                     });
                     of_weight += depth_weight * grad_logits[place];
                 }
                 const auto share = broadcast<Lanes<A>>(of_weight);
                 T* out = grad_states[k] + (group.start + position) * d;
                 for_lanes(0, d, [&](int64_t j, auto n) {
-                    store(out + j, load(row + j, n) + load(weight + j, n) * share, n);
+                    store(out + j, multiply_add(load(weight + j, n), share, load(row + j, n)), n);
                 });
             }
         }
@@ -189,7 +186,11 @@ void run_views_backward(const ViewsBackward& call) {
     }
     scan.streaming = depths * layout.num_tokens * d * int64_t(sizeof(T)) >= STREAMED_BYTES && d % LANES == 0;
     for (int64_t k = 0; k < depths; ++k) scan.streaming = scan.streaming && streamable(scan.grad_states[k]);
-    parallel_for(chunks, threads, [&](int64_t chunk, int thread) { scan.chunk(chunk, rows.row(thread, 4 * d)); });
+    with_depths(depths, [&](auto known) {
+        parallel_for(chunks, threads, [&](int64_t chunk, int thread) {
+            scan.chunk(known, chunk, rows.row(thread, 4 * d));
+        });
+    });
     if (shared) {
         // Groups are the prompts, then a response each, which has its gradient already.
         const int64_t prompts = layout.num_groups - layout.num_sequences, pieces = layout.num_group_chunks;

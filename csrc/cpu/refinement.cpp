@@ -27,18 +27,17 @@ void run_rms_norm(const RmsNorm& call) {
             if (call.update) {
                 const T* update = static_cast<const T*>(call.update) + row * d;
                 T* total = static_cast<T*>(call.total) + row * d;
-                for_lanes(0, d, [&](int64_t j, auto n) {
-                    store(total + j, load(x + j, n) + load(update + j, n), n);
-                    const Lanes<A> u = load(total + j, n);  // as stored: the norm is of what the stream holds
-                    squares += u * u;
-                });
-                x = total;
-            } else {
-                for_lanes(0, d, [&](int64_t j, auto n) {
-                    const Lanes<A> u = load(x + j, n);
-                    squares += u * u;
-                });
+                for_lanes(0, d, [&](int64_t j, auto n) { store(total + j, load(x + j, n) + load(update + j, n), n); });
+                x = total;  // as stored: the norm is of what the residual stream holds
             }
+            for_segments(d, [&](int64_t begin, int64_t end) {
+                auto part = broadcast<Lanes<A>>(A(0));
+                for_lanes(begin, end, [&](int64_t j, auto n) {
+                    const Lanes<A> u = load(x + j, n);
+                    part = multiply_add(u, u, part);
+                });
+                squares += part;
+            });
             const auto inverse = broadcast<Lanes<A>>(inverse_norm(sum<A>(squares), d, call.eps));
             for_lanes(0, d, [&](int64_t j, auto n) {
                 store(normed + j, load(x + j, n) * inverse * load(weight + j, n), n);
@@ -61,10 +60,15 @@ void run_rms_norm_backward(const RmsNormBackward& call) {
             const T *u = static_cast<const T*>(call.total) + row * d, *g = static_cast<const T*>(call.grad_normed) + row * d;
             T* out = static_cast<T*>(call.grad) + row * d;
             auto squares = broadcast<Lanes<A>>(A(0)), products = squares;
-            for_lanes(0, d, [&](int64_t j, auto n) {
-                const Lanes<A> x = load(u + j, n);
-                squares += x * x;
-                products += load(g + j, n) * load(weight + j, n) * x;
+            for_segments(d, [&](int64_t begin, int64_t end) {
+                auto squares_part = broadcast<Lanes<A>>(A(0)), products_part = squares_part;
+                for_lanes(begin, end, [&](int64_t j, auto n) {
+                    const Lanes<A> x = load(u + j, n);
+                    squares_part = multiply_add(x, x, squares_part);
+                    products_part = multiply_add(load(g + j, n) * load(weight + j, n), x, products_part);
+                });
+                squares += squares_part;
+                products += products_part;
             });
             const A inverse = inverse_norm(sum<A>(squares), d, call.eps);
             const auto inverses = broadcast<Lanes<A>>(inverse);
@@ -75,7 +79,7 @@ void run_rms_norm_backward(const RmsNormBackward& call) {
                 Lanes<A> du = (grad * load(weight + j, n) - normed * mean) * inverses;
                 if (grad_total) du += load(grad_total + j, n);
                 store(out + j, du, n);
-                store(grad_weight + j, load(grad_weight + j, n) + grad * normed, n);
+                store(grad_weight + j, multiply_add(grad, normed, load(grad_weight + j, n)), n);
             });
         }
     });

@@ -1,7 +1,8 @@
 // Sixteen lanes of fp32 (or fp64) arithmetic, on whatever vector registers the compiler is told to use.
 //
-// Each kernel source is compiled once per instruction set (levels.h), into a namespace of its own. All sets do the same
-// operations on the same sixteen lanes in the same order, without fused multiply-adds, so they give the same bits.
+// Each kernel source is compiled once per instruction set (levels.cpp), into a namespace of its own. All sets do the same
+// operations on the same sixteen lanes in the same order, and fuse a multiplication with an addition only where
+// `multiply_add` says so. So all sets that can fuse give the same bits; only the plain set of x86-64 cannot.
 //
 // Everything here is of internal linkage: a function that two sets shared could be the one of the larger set, and stop
 // a machine that lacks it.
@@ -12,6 +13,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
@@ -90,6 +93,29 @@ ELEMENTWISE(/)
 template <class A, int N, bool ONE>
 ALWAYS_INLINE Pack<A, N, ONE>& operator+=(Pack<A, N, ONE>& a, Pack<A, N, ONE> b) {
     return a = a + b;
+}
+
+// a b + c, in one rounding where there is an instruction for it: everywhere but in the plain set of x86-64.
+template <class A, int N>
+ALWAYS_INLINE Pack<A, N, false> multiply_add(Pack<A, N, false> a, Pack<A, N, false> b, Pack<A, N, false> c) {
+    return {multiply_add(a.low, b.low, c.low), multiply_add(a.high, b.high, c.high)};
+}
+
+template <class A, int N>
+ALWAYS_INLINE Pack<A, N, true> multiply_add(Pack<A, N, true> a, Pack<A, N, true> b, Pack<A, N, true> c) {
+    using V [[maybe_unused]] = decltype(a.v);
+#if defined(__AVX512F__)
+    if constexpr (sizeof(A) == 4) return {(V)_mm512_fmadd_ps((__m512)a.v, (__m512)b.v, (__m512)c.v)};
+    else return {(V)_mm512_fmadd_pd((__m512d)a.v, (__m512d)b.v, (__m512d)c.v)};
+#elif defined(__FMA__)
+    if constexpr (sizeof(A) == 4) return {(V)_mm256_fmadd_ps((__m256)a.v, (__m256)b.v, (__m256)c.v)};
+    else return {(V)_mm256_fmadd_pd((__m256d)a.v, (__m256d)b.v, (__m256d)c.v)};
+#elif defined(__aarch64__)
+    if constexpr (sizeof(A) == 4) return {(V)vfmaq_f32((float32x4_t)c.v, (float32x4_t)a.v, (float32x4_t)b.v)};
+    else return {(V)vfmaq_f64((float64x2_t)c.v, (float64x2_t)a.v, (float64x2_t)b.v)};
+#else
+    return a * b + c;
+#endif
 }
 
 // All lanes x.
@@ -315,6 +341,14 @@ ALWAYS_INLINE void for_lanes(int64_t begin, int64_t end, Body body) {
     int64_t j = begin;
     for (; j + LANES <= end; j += LANES) body(j, All{});
     if (j < end) body(j, Rest{static_cast<int>(end - j)});
+}
+
+// body(begin, end) for pieces of a row: a sum of each piece first keeps long sums accurate.
+template <class Body>
+ALWAYS_INLINE void for_segments(int64_t count, Body body) {
+    constexpr int64_t SEGMENT = 512;
+    for (int64_t begin = 0; begin < count; begin += SEGMENT)
+        body(begin, begin + SEGMENT < count ? begin + SEGMENT : count);
 }
 
 // -- Functions -------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import os
 
 import torch
 
+from adajudge_kernels import compiled
 from tests.kernels.batches import place
 from tests.kernels.operations import over_tokens
 from tests.summary import note_error
@@ -86,3 +87,30 @@ def assert_within_contract(ours, plain, exact, name, dtype):
         found = error(gradients[variable], expected)
         note_error(name, dtype, found, bound)
         assert found <= bound, f"gradient of {variable}"
+
+
+def on_every_level(levels, run):
+    """Results of `run`, one per instruction set of the compiled kernels."""
+    for level in levels:
+        compiled.module.use_level(level)
+        assert compiled.module.level() == level
+        yield run()
+
+
+def on_several_threads(run):
+    """Results of `run` with different numbers of threads."""
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            yield run()
+    finally:
+        torch.set_num_threads(before)
+
+
+def assert_same_bits(runs):
+    """Outputs and gradients of several runs are equal."""
+    (outputs, gradients), *others = runs
+    for other_outputs, other_gradients in others:
+        assert all(torch.equal(a, b) for a, b in zip(outputs, other_outputs, strict=True))
+        assert all(torch.equal(gradients[name], other_gradients[name]) for name in gradients)

@@ -1,11 +1,12 @@
 """The contract runs once per backend and device: a new backend joins by its name in `BACKENDS`."""
 
 import os
+import platform
 
 import pytest
 import torch
 
-from adajudge_kernels import available_backends, use_backend
+from adajudge_kernels import available_backends, compiled, use_backend
 from adajudge_kernels.backends import BACKENDS, SERVED
 
 INTERPRETED = (
@@ -33,3 +34,20 @@ def device(request):
     backend, name = request.param
     with use_backend(backend, families=SERVED[backend]):
         yield torch.device(name)
+
+
+@pytest.fixture
+def levels():
+    """Every instruction set of this processor; the one in use comes back after the test."""
+    used = compiled.module.level()
+    yield compiled.module.levels()
+    compiled.module.use_level(used)
+
+
+@pytest.fixture
+def fusing_levels(levels):
+    """Those with fused multiply-adds: all but the plain one of x86-64."""
+    fusing = [level for level in levels if level != "plain" or platform.machine() != "x86_64"]
+    if len(fusing) < 2:
+        pytest.skip("this processor has one such set: there is nothing to compare")
+    return fusing

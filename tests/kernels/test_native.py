@@ -1,4 +1,4 @@
-"""What is special to the compiled CPU kernels: the same bits on every instruction set and in any memory, torch's threads."""
+"""What is special to the compiled CPU kernels: bits and errors on every instruction set, any memory, torch's threads."""
 
 import os
 import subprocess
@@ -11,9 +11,16 @@ import torch
 import adajudge_kernels as ak
 from adajudge_kernels import backends, compiled
 from tests.kernels.batches import LAYOUTS, LONG, RAGGED, Batch, place
-from tests.kernels.comparison import cast, run_operation, run_truth
-from tests.kernels.operations import POOLING, ROWWISE, over_tokens
-from tests.kernels.test_contract import dtypes
+from tests.kernels.comparison import (
+    assert_same_bits,
+    cast,
+    on_every_level,
+    on_several_threads,
+    run_operation,
+    run_truth,
+)
+from tests.kernels.operations import POOLING, over_tokens
+from tests.kernels.test_contract import compare, compare_rowwise, dtypes, rowwise, tokenwise
 
 pooling = pytest.mark.parametrize("operation", POOLING, ids=lambda op: op.name)
 
@@ -23,45 +30,43 @@ def test_the_compiled_module_is_here():
     assert backends.choose_backend(torch.device("cpu"), "pooling").backend == "cpu"
 
 
-@pytest.fixture
-def levels():
-    """Every instruction set of this processor; the one in use comes back after the test."""
-    used = compiled.module.level()
-    yield compiled.module.levels()
-    compiled.module.use_level(used)
+@tokenwise
+@dtypes
+def test_every_instruction_set_keeps_the_error_bound(operation, dtype, levels):
+    inputs = operation.draw(RAGGED, 77, 3)
+    with ak.use_backend("cpu"):
+        for _ in on_every_level(levels, lambda: None):
+            compare(operation, inputs, RAGGED, "shared", dtype, torch.device("cpu"))
 
 
-def on_every_level(levels, run):
-    for level in levels:
-        compiled.module.use_level(level)
-        assert compiled.module.level() == level
-        yield run()
-
-
-def assert_same_bits(runs):
-    (outputs, gradients), *others = runs
-    for other_outputs, other_gradients in others:
-        assert all(torch.equal(a, b) for a, b in zip(outputs, other_outputs, strict=True))
-        assert all(torch.equal(gradients[name], other_gradients[name]) for name in gradients)
+@rowwise
+@dtypes
+def test_every_instruction_set_keeps_the_error_bound_row_by_row(name, draw, call, truth, dtype, levels):
+    inputs = draw(37)
+    with ak.use_backend("cpu"):
+        for _ in on_every_level(levels, lambda: None):
+            compare_rowwise(name, call, truth, inputs, dtype, torch.device("cpu"))
 
 
 @pooling
 @dtypes
 @pytest.mark.parametrize(("kind", "d", "depths"), [("shared", 77, 3), ("padded_left", 300, 5)])
-def test_every_instruction_set_gives_the_same_bits(operation, dtype, kind, d, depths, levels):
+def test_instruction_sets_that_fuse_give_the_same_bits(operation, dtype, kind, d, depths, fusing_levels):
     inputs = operation.draw(RAGGED, d, depths)
     layout, source = RAGGED.lay_out(kind)
     run = lambda: run_operation(operation, cast(inputs, dtype), layout, source)  # noqa: E731
     with ak.use_backend("cpu"):
-        assert_same_bits(on_every_level(levels, run))
+        assert_same_bits(on_every_level(fusing_levels, run))
 
 
-@pytest.mark.parametrize(("name", "draw", "call", "truth"), ROWWISE, ids=[op[0] for op in ROWWISE])
+@rowwise
 @dtypes
-def test_every_instruction_set_gives_the_same_bits_row_by_row(name, draw, call, truth, dtype, levels):
+def test_instruction_sets_that_fuse_give_the_same_bits_row_by_row(
+    name, draw, call, truth, dtype, fusing_levels
+):
     inputs = draw(37)
     with ak.use_backend("cpu"):
-        assert_same_bits(on_every_level(levels, lambda: run_truth(call, cast(inputs, dtype))))
+        assert_same_bits(on_every_level(fusing_levels, lambda: run_truth(call, cast(inputs, dtype))))
 
 
 @pooling
@@ -69,14 +74,8 @@ def test_every_instruction_set_gives_the_same_bits_row_by_row(name, draw, call, 
 def test_the_number_of_threads_changes_no_gradient(operation, kind):
     layout, source = LONG.lay_out(kind)
     inputs = operation.draw(LONG, 300, 3)
-    before, runs = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            runs.append(run_operation(operation, cast(inputs, torch.float32), layout, source))
-    finally:
-        torch.set_num_threads(before)
-    assert_same_bits(runs)
+    run = lambda: run_operation(operation, cast(inputs, torch.float32), layout, source)  # noqa: E731
+    assert_same_bits(on_several_threads(run))
 
 
 def in_other_memory(x, offset):

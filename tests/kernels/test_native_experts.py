@@ -1,12 +1,11 @@
-"""What the compiled experts and loss promise beyond the contract: the same bits on every instruction set, for any number
-of threads and in any batch; gradients in fp64; large weights each in a dtype of its own."""
+"""What the compiled experts and loss promise beyond the contract: the same bits on instruction sets that fuse, for any
+number of threads and in any batch; gradients in fp64; large weights each in a dtype of its own."""
 
 import pytest
 import torch
 
 import adajudge_kernels as ak
-from adajudge_kernels import compiled
-from tests.kernels.comparison import cast, run_truth
+from tests.kernels.comparison import assert_same_bits, cast, on_every_level, on_several_threads, run_truth
 from tests.kernels.operations import (
     VIEW_NAMES,
     call_experts,
@@ -16,9 +15,6 @@ from tests.kernels.operations import (
     true_experts,
 )
 
-pytestmark = pytest.mark.skipif(compiled.module is None, reason="the compiled module is not built")
-
-LEVELS = compiled.module.levels() if compiled.module is not None else []
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 # d, h, h_r: less than a lane; tiles of units and features with a rest; more than a segment of features.
@@ -28,10 +24,8 @@ sizes = pytest.mark.parametrize("size", SIZES, ids=str)
 
 @pytest.fixture(autouse=True)
 def cpu_backend():
-    before = compiled.module.level()
     with ak.use_backend("cpu", families=("experts", "loss")):
         yield
-    compiled.module.use_level(before)
 
 
 def run_mixed(inputs, dtype):
@@ -42,58 +36,29 @@ def run_mixed(inputs, dtype):
     return run_truth(call_experts, leaves)
 
 
-def assert_same_bits(first, second):
-    assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
-    for name, gradient in first[1].items():
-        assert torch.equal(gradient, second[1][name]), name
-
-
 @dtypes
 @sizes
 @pytest.mark.parametrize("rows", [3, 150])
-def test_experts_have_the_same_bits_on_every_instruction_set(size, rows, dtype):
-    inputs, results = draw_experts(rows, *size), []
-    for level in LEVELS:
-        compiled.module.use_level(level)
-        results.append(run_mixed(inputs, dtype))
-    for other in results[1:]:
-        assert_same_bits(results[0], other)
+def test_experts_have_the_same_bits_on_sets_that_fuse(size, rows, dtype, fusing_levels):
+    inputs = draw_experts(rows, *size)
+    assert_same_bits(on_every_level(fusing_levels, lambda: run_mixed(inputs, dtype)))
 
 
-def test_the_loss_has_the_same_bits_on_every_instruction_set():
-    inputs, results = draw_loss(3000), []
-    for level in LEVELS:
-        compiled.module.use_level(level)
-        results.append(run_truth(call_loss, cast(inputs, torch.float32)))
-    for other in results[1:]:
-        assert_same_bits(results[0], other)
-
-
-def run_on_threads(run):
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(run())
-    finally:
-        torch.set_num_threads(before)
-    return results
+def test_the_loss_has_the_same_bits_on_every_instruction_set(levels):
+    inputs = draw_loss(3000)
+    assert_same_bits(on_every_level(levels, lambda: run_truth(call_loss, cast(inputs, torch.float32))))
 
 
 @dtypes
 @pytest.mark.parametrize(("rows", "size"), [(1, (700, 300, 100)), (9, (1030, 70, 90)), (300, (300, 40, 33))])
 def test_experts_have_the_same_bits_for_any_number_of_threads(rows, size, dtype):
     inputs = draw_experts(rows, *size)
-    first, *others = run_on_threads(lambda: run_mixed(inputs, dtype))
-    for other in others:
-        assert_same_bits(first, other)
+    assert_same_bits(on_several_threads(lambda: run_mixed(inputs, dtype)))
 
 
 def test_the_loss_has_the_same_bits_for_any_number_of_threads():
     inputs = draw_loss(200_000)
-    first, *others = run_on_threads(lambda: run_truth(call_loss, cast(inputs, torch.float32)))
-    for other in others:
-        assert_same_bits(first, other)
+    assert_same_bits(on_several_threads(lambda: run_truth(call_loss, cast(inputs, torch.float32))))
 
 
 @dtypes
@@ -144,9 +109,8 @@ def test_large_weights_of_different_dtypes(view_dtype, router_dtype, rows):
     inputs = {name: x.to(own.get(name, torch.float32)) for name, x in draw_experts(rows, 40, 9, 6).items()}
     mixed = run_truth(call_experts, {name: x.clone().requires_grad_() for name, x in inputs.items()})
     plain = run_truth(call_experts, cast(inputs, torch.float32))
-    assert_same_bits(
-        mixed, (plain[0], {name: x.to(own.get(name, torch.float32)) for name, x in plain[1].items()})
-    )
+    rounded = {name: x.to(own.get(name, torch.float32)) for name, x in plain[1].items()}
+    assert_same_bits([mixed, (plain[0], rounded)])
 
 
 @pytest.mark.parametrize("name", ["chosen", "rejected", "pair_weight", "view_weights"])
