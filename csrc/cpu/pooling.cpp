@@ -1,4 +1,4 @@
-// Pooling forward: one scan over the states, chunk by chunk, several views; then the chunks of each sequence in order.
+// Pooling forward: one scan over the states, run by run of chunks, several views; then the runs of each sequence in order.
 #include "pooling.h"
 
 #include <cmath>
@@ -16,7 +16,7 @@ struct Scan {
     const T* states[MAX_DEPTHS];
     const A *alpha, *weight;
     A bias;
-    // Per chunk: the sum over its response tokens and the attention-weighted sum [N, d], the largest logit and the sum
+    // Per run, at the number of its first chunk: the sum over its response tokens and the attention-weighted sum [N, d], the largest logit and the sum
     // of exp(logit - largest) [N].
     A *sums, *weighted, *tops, *totals;
 
@@ -72,11 +72,11 @@ struct Scan {
         add<R, false>(weighted_row, nullptr, scale, p, tile, width);
     }
 
-    // Tokens of a chunk in tiles of one role, so that a NaN in a prompt reaches no mean over responses.
+    // Tokens of a run in tiles of one role, so that a NaN in a prompt reaches no mean over responses.
     template <class Known>
-    void chunk(Known known, int64_t index, A* tile) const {
+    void run(Known known, int64_t index, A* tile) const {
         const int64_t d = call.features, width = parts(d, LANES) * LANES;
-        const Chunk c = chunk_at(call.layout, index);
+        const Chunk c = run_at(call.layout, index);
         const A one = 1;
         const A* depth_weights = alpha ? alpha + c.sequence_index * call.depths : &one;
         A* weighted_row = weighted + index * d;
@@ -118,21 +118,21 @@ struct Scan {
         totals[index] = total;
     }
 
-    // The views of a sequence, from its chunks: features begin..end.
+    // The views of a sequence, from its runs: features begin..end.
     void combine(int64_t b, int64_t begin, int64_t end) const {
         const int64_t d = call.features;
         const Sequence s = sequence_at(call.layout, b);
         const int64_t first = s.first_chunk, stop = first + chunks_of(s);
         A top = -INFINITY, total = 0;
-        for (int64_t c = first; c < stop; ++c)
+        for (int64_t c = first; c < stop; c += RUN)
             if (totals[c] != 0) top = tops[c] <= top ? top : tops[c];
-        for (int64_t c = first; c < stop; ++c)
+        for (int64_t c = first; c < stop; c += RUN)
             if (totals[c] != 0) total += totals[c] * exp_of_negative(tops[c] - top);
         A* attention = static_cast<A*>(call.attention) + b * d + begin;
         A* mean = alpha ? static_cast<A*>(call.mean) + b * d + begin : nullptr;
         fill_zero(attention, end - begin);
         if (mean) fill_zero(mean, end - begin);
-        for (int64_t c = first; c < stop; ++c) {
+        for (int64_t c = first; c < stop; c += RUN) {
             if (totals[c] == 0) continue;  // nothing of it is in the view
             const auto share = broadcast<Lanes<A>>(exp_of_negative(tops[c] - top));
             const A* from = weighted + c * d + begin;
@@ -163,11 +163,11 @@ void run_views(const Views& call) {
     for (int64_t k = 0; k < call.depths; ++k) scan.states[k] = static_cast<const T*>(call.states[k]);
     with_depths(call.depths, [&](auto known) {
         parallel_for(chunks, threads, [&](int64_t chunk, int thread) {
-            scan.chunk(known, chunk, tiles.row(thread, TILE * width));
+            if (starts_run(call.layout, chunk)) scan.run(known, chunk, tiles.row(thread, TILE * width));
         });
     });
     const int64_t blocks = parts(d, COMBINED), pieces = call.layout.num_sequences * blocks;
-    parallel_for(pieces, threads_for(2 * chunks * d, pieces, call.threads), [&](int64_t piece, int) {
+    parallel_for(pieces, threads_for(2 * chunks / RUN * d, pieces, call.threads), [&](int64_t piece, int) {
         const int64_t begin = piece % blocks * COMBINED;
         scan.combine(piece / blocks, begin, smaller(begin + COMBINED, d));
     });
@@ -184,7 +184,8 @@ void run_means(const Means& call) {
     const T* hidden = static_cast<const T*>(call.hidden);
     const int threads = threads_for(chunks * CHUNK_TOKENS * d, chunks, call.threads);
     parallel_for(chunks, threads, [&](int64_t index, int) {
-        const Chunk c = chunk_at(layout, index);
+        if (!starts_run(layout, index)) return;
+        const Chunk c = run_at(layout, index);
         for (int part = 0; part < 2; ++part)
             if (wanted[part]) fill_zero(sums[part] + index * d, d);
         for (int64_t position = c.begin; position < c.end; ++position) {
@@ -194,12 +195,12 @@ void run_means(const Means& call) {
         }
     });
     const int64_t blocks = parts(d, COMBINED), pieces = layout.num_sequences * blocks;
-    parallel_for(pieces, threads_for(2 * chunks * d, pieces, call.threads), [&](int64_t piece, int) {
+    parallel_for(pieces, threads_for(2 * chunks / RUN * d, pieces, call.threads), [&](int64_t piece, int) {
         const int64_t b = piece / blocks, begin = piece % blocks * COMBINED, width = smaller(COMBINED, d - begin);
         const Sequence s = sequence_at(layout, b);
         A total[2][COMBINED] = {};
         for (int part = 0; part < 2; ++part)
-            for (int64_t c = s.first_chunk; wanted[part] && c < s.first_chunk + chunks_of(s); ++c)
+            for (int64_t c = s.first_chunk; wanted[part] && c < s.first_chunk + chunks_of(s); c += RUN)
                 add_row(total[part], sums[part] + c * d + begin, width);
         const auto write = [&](real* to, auto sum_of, int64_t count) {
             if (!to) return;

@@ -62,6 +62,19 @@ inline Chunk chunk_at(const Layout& layout, int64_t chunk) {
     return {b, begin, smaller(begin + CHUNK_TOKENS, s.length()), s};
 }
 
+// The forward sums over runs of chunks: each leaves a sum that is written and read again.
+constexpr int64_t RUN = 4;
+
+inline bool starts_run(const Layout& layout, int64_t chunk) {
+    return (chunk - sequence_at(layout, layout.chunks[chunk]).first_chunk) % RUN == 0;
+}
+
+inline Chunk run_at(const Layout& layout, int64_t chunk) {
+    Chunk run = chunk_at(layout, chunk);
+    run.end = smaller(run.begin + RUN * CHUNK_TOKENS, run.sequence.length());
+    return run;
+}
+
 // Tokens that lie together and are read by the same consecutive sequences.
 struct Group {
     int32_t start, stop, first_reader, readers, first_chunk;
