@@ -6,16 +6,17 @@ from pathlib import Path
 
 
 def table(path):
-    """One line per group: both medians, their ratio, and the share of the read bandwidth that ours reaches."""
+    """One line per group and dtype: both medians, their ratio, and the share of the read bandwidth that ours reaches."""
     run = json.loads(Path(path).read_text())
     groups = {}
     for case in run["benchmarks"]:
-        groups.setdefault(case["group"], {})[case["params"]["side"]] = case
+        key = case["group"], case["extra_info"].get("dtype")
+        groups.setdefault(key, {})[case["params"]["side"]] = case
     lines = [
         "| case | adajudge_kernels | other side | ratio | share of read bandwidth |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for group, sides in groups.items():
+    for (group, _), sides in groups.items():
         ours = sides.pop("adajudge_kernels")
         info, median = ours["extra_info"], ours["stats"]["median"]
         case = group
