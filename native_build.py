@@ -242,14 +242,15 @@ def _escaped(path: Path) -> str:
 
 
 def _ninja() -> str:
-    """The ninja of the environment that builds, which need not be on PATH."""
+    """The ninja of the environment that builds: on PATH in pip's isolation, else perhaps only beside its package."""
+    folders = os.environ.get("PATH", os.defpath)
     try:
         import ninja
     except ImportError:
-        found = shutil.which("ninja")
+        pass
     else:
-        found = shutil.which("ninja", path=ninja.BIN_DIR)
-    return found or stop(
+        folders = os.pathsep.join([ninja.BIN_DIR, folders])
+    return shutil.which("ninja", path=folders) or stop(
         "there is no ninja; with --no-build-isolation, install what [build-system] of pyproject.toml names"
     )
 
