@@ -1,5 +1,7 @@
 """What decides what is built: compilers, variables, and what is said where something cannot be."""
 
+import sys
+import types
 import zipfile
 
 import pytest
@@ -124,3 +126,16 @@ def test_a_compiler_that_fails_stops_the_installation(tree):
     assert wheel is None
     assert "not this one" in output
     assert "ADAJUDGE_BUILD_EXT=0 installs the package without it" in output
+
+
+def test_ninja_is_found_on_path_where_its_package_does_not_know_its_place(monkeypatch, tmp_path):
+    """As in pip's isolation: the package is importable, and its program is in a folder that only PATH names."""
+    program = tmp_path / "ninja"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setitem(sys.modules, "ninja", types.SimpleNamespace(BIN_DIR=str(tmp_path / "elsewhere")))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert native_build._ninja() == str(program)
+    program.unlink()
+    with pytest.raises(SystemExit, match="there is no ninja; with --no-build-isolation"):
+        native_build._ninja()
