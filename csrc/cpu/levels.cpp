@@ -1,9 +1,12 @@
-// Which instruction set the kernels run on: the best that the processor has.
+// What all instruction sets share: which of them the kernels run on, the best that the processor has; busy threads.
 #include <cstring>
 
 #include "kernels.h"
 
 namespace adajudge {
+
+int busy_threads = 0;  // here, as all instruction sets share it; accessed atomically (parallel.h)
+
 namespace {
 
 struct Levels {

@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <new>
 
+namespace adajudge {
+extern int busy_threads;  // of the process, in kernels (levels.cpp)
+}
+
 namespace {
 
 // Threads worth their waking: one per so many numbers that are read or written.
@@ -20,15 +24,36 @@ inline int threads_for(int64_t numbers, int64_t pieces, int threads) {
     return static_cast<int>(larger(1, smaller(threads, smaller(pieces, numbers / NUMBERS_PER_THREAD))));
 }
 
-// body(piece, thread) for every piece, on `threads` threads. One thread is the caller itself: no pool is touched then,
-// which is what a process forked from one with a pool needs.
+// Threads taken for a call, of those that calls from other threads of the process leave: a server's threads do not start
+// a team each.
+class Team {
+public:
+    explicit Team(int wanted) {
+        int busy = __atomic_load_n(&adajudge::busy_threads, __ATOMIC_RELAXED);
+        do {
+            size_ = static_cast<int>(larger(1, wanted - busy));
+        } while (!__atomic_compare_exchange_n(&adajudge::busy_threads, &busy, busy + size_, true, __ATOMIC_RELAXED,
+                                              __ATOMIC_RELAXED));
+    }
+    ~Team() { __atomic_sub_fetch(&adajudge::busy_threads, size_, __ATOMIC_RELAXED); }
+    Team(const Team&) = delete;
+    Team& operator=(const Team&) = delete;
+    int size() const { return size_; }
+
+private:
+    int size_;
+};
+
+// body(piece, thread) for every piece, on at most `threads` threads. One thread is the caller itself: no pool is touched
+// then, which is what a process forked from one with a pool needs.
 template <class Body>
 void parallel_for(int64_t pieces, int threads, Body body) {
-    if (threads <= 1) {
+    const Team team(threads);
+    if (team.size() == 1) {
         for (int64_t piece = 0; piece < pieces; ++piece) body(piece, 0);
         return;
     }
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
+#pragma omp parallel for num_threads(team.size()) schedule(dynamic)
     for (int64_t piece = 0; piece < pieces; ++piece) body(piece, omp_get_thread_num());
 }
 

@@ -5,6 +5,7 @@
 using namespace testing;
 
 int main(int count, char** arguments) {
+    check_threads();
     std::vector<std::string> levels(arguments + 1, arguments + count);
     for (const char* const* known = adajudge::levels(); count == 1 && *known; ++known) levels.push_back(*known);
     const char* dtype_names[] = {"float64", "float32", "bfloat16", "float16"};

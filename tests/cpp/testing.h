@@ -275,6 +275,8 @@ struct Setting {
 inline std::string where;  // the case that runs
 inline int failures = 0;
 
+void check_threads();  // threads.cpp
+
 // Whether every number is what doubles gave, within `ulps` of the dtype, relative to `scale` (the size of the terms).
 inline void expect_near(const char* what, const Buffer& got, const Numbers& expected, double ulps, double scale = 4) {
     const double tolerance = ulps * scale * epsilon_of(got.dtype);
