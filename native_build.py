@@ -19,7 +19,7 @@ from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent
 
-# No contraction to fused multiply-adds: the instruction sets must give the same bits.
+# Multiplications and additions are fused where the source says so, and nowhere else.
 CXX_FLAGS = [
     *("-std=c++20", "-O3", "-ffp-contract=off", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-Icsrc"),
     *("-Wall", "-Wextra", "-Wno-unused-function", "-Wno-psabi"),
@@ -30,9 +30,10 @@ LEVELS = {"x86_64": {"plain": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v
 
 CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
 
+WITHOUT = "ADAJUDGE_BUILD_EXT=0 installs the package without the compiled module"
 HINT = (
     "the compiled module could not be built; what the compiler said is above (it takes g++ 11 or clang++ 14, or later). "
-    "ADAJUDGE_BUILD_EXT=0 installs the package without it"
+    + WITHOUT
 )
 
 
@@ -69,7 +70,7 @@ def reason_not_to_build() -> str | None:
     elif find_compiler() is None:
         reason = (
             "no C++ compiler was found when the package was installed (looked for $CXX, c++, g++, clang++); "
-            "install one and reinstall adajudge-kernels"
+            "install one, then: pip install --force-reinstall --no-cache-dir"
         )
     else:
         return None
@@ -80,9 +81,17 @@ def reason_not_to_build() -> str | None:
     return f"the compiled module was not built: {reason}"
 
 
+def words(name: str) -> list[str]:
+    """An environment variable's words, split as a shell does."""
+    try:
+        return shlex.split(os.environ.get(name, ""))
+    except ValueError as error:
+        stop(f"{name}={os.environ[name]}: {error}; expected words as in a shell")
+
+
 def find_compiler() -> list[str] | None:
     """The C++ compiler's command; CXX may have several words (``ccache g++``)."""
-    named = shlex.split(os.environ.get("CXX", ""))
+    named = words("CXX")
     if named:
         if shutil.which(named[0]) is None:
             stop(
@@ -257,7 +266,7 @@ def _ninja() -> str:
 
 def cxx_rule(build: Ninja, compiler: list[str], extra: Iterable[str] = ()) -> None:
     """How C++ is compiled. $flags come last: an -march of CXXFLAGS must not replace that of an instruction set."""
-    flags = [*CXX_FLAGS, *extra, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    flags = [*CXX_FLAGS, *extra, *words("CXXFLAGS")]
     build.rule("cxx", [*compiler, *flags, "$flags", "-MMD", "-MF", "$out.d", "-c", "$in", "-o", "$out"])
 
 
@@ -279,8 +288,12 @@ def kernel_objects(build: Ninja, compiler: list[str], only: Collection[str] = ()
 
 def build_module(folder: Path, module: Path) -> None:
     """Build the extension `module`, objects in `folder`."""
-    import pybind11
-
+    try:
+        import pybind11
+    except ImportError:
+        stop(
+            "there is no pybind11; with --no-build-isolation, install what [build-system] of pyproject.toml names"
+        )
     compiler = find_compiler()
     if compiler is None:
         stop("there is no C++ compiler")
@@ -288,7 +301,10 @@ def build_module(folder: Path, module: Path) -> None:
     nvcc = nvcc_to_use(cuda_sources)
     build = Ninja(folder)
     cxx_rule(build, compiler)
-    includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").is_file():
+        stop(f"there is no Python.h in {headers}: install Python's headers (Debian: python3-dev). {WITHOUT}")
+    includes = [f"-I{headers}", f"-I{pybind11.get_include()}"]
     # First, for it takes the longest; nothing in it is worth optimising.
     objects = [
         build.object(

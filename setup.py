@@ -32,6 +32,8 @@ class BuildModule(build_ext):
     def run(self) -> None:
         """An earlier installation's reason is no longer true."""
         super().run()
+        if reason is not None and self.inplace:
+            print(f"nothing was compiled, and what is there stays: {reason}")
         if self.extensions and self.inplace:
             (ROOT / PACKAGE / REASON).unlink(missing_ok=True)
 

@@ -3,7 +3,7 @@ addresses, threads, a layout's tables.
 
 The module holds no OpenMP runtime of its own: it uses torch's, which must be loaded first, so that the process has one
 pool of threads. ``ADAJUDGE_SIMD`` (``avx512``, ``avx2`` or ``plain``) chooses the instruction set of its CPU kernels;
-results have the same bits on all of them.
+results have the same bits on all that fuse multiplications and additions (avx512, avx2).
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import sys
 
 import torch
 
+from adajudge_kernels import compiled
 from adajudge_kernels._version import __version__
 from adajudge_kernels.backends import (
     BACKENDS,
@@ -50,6 +51,12 @@ def _software() -> list[tuple[str, str]]:
 
 def _devices() -> list[tuple[str, str]]:
     lines = [("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads")]
+    if compiled.module is not None:
+        named = os.environ.get(compiled.ENVIRONMENT_VARIABLE)
+        why = f"{compiled.ENVIRONMENT_VARIABLE}={named}" if named else "the best here"
+        lines.append(
+            ("instruction set", f"{compiled.module.level()} of {', '.join(compiled.module.levels())}: {why}")
+        )
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         memory = properties.total_memory / 2**30

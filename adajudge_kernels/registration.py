@@ -85,12 +85,14 @@ class Operation:
         for i, arg in enumerate(args):
             kind = type(arg)
             if kind is Tensor or kind is Parameter:
+                if arg.is_neg():  # a view that only the dispatcher gives its sign
+                    return self._opaque(*args)
                 if arg.requires_grad:
                     wanted.append(arg)
                     places.append((i, None))
             elif kind is list:
                 for k, x in enumerate(arg):
-                    if type(x) is not Tensor and type(x) is not Parameter:
+                    if (type(x) is not Tensor and type(x) is not Parameter) or x.is_neg():
                         return self._opaque(*args)
                     if x.requires_grad:
                         wanted.append(x)

@@ -60,8 +60,8 @@ def scan_backward(
     inside = columns < D
     w = tl.load(weight + columns, mask=inside, other=0.0).to(ACC)
     g_attention = tl.load(grad_attention + b * D + columns, mask=inside, other=0.0)
+    z = tl.load(pooled + b * D + columns, mask=inside, other=0.0)
     if not DOTS_GIVEN:
-        z = tl.load(pooled + b * D + columns, mask=inside, other=0.0)
         shift = tl.load(bias).to(ACC)
     if VIEWS:
         g_mean = tl.load(grad_mean + b * D + columns, mask=inside, other=0.0)
@@ -89,7 +89,7 @@ def scan_backward(
         beta = tl.where(seen, tl.exp(tl.where(seen, logit, lse) - lse), 0.0)
         d_logit = tl.where(seen, beta * grad_dot, 0.0)
         g = beta[:, None] * g_attention[None, :] + d_logit[:, None] * w[None, :]
-        d_weight += tl.sum(d_logit[:, None] * h, axis=0)
+        d_weight += tl.sum(d_logit[:, None] * (h - z[None, :]), axis=0)
         if VIEWS:
             g += tl.where((role == RESPONSE)[:, None], g_mean[None, :], 0.0)
             is_last = valid & (slot == tau)

@@ -164,8 +164,9 @@ def multi_view_pool_backward(
     """Gradients of the states, the depth weights, the attention weight and bias.
 
     ``g_t = [t=tau] g_L + m_t/n g_M + beta_t g_A + dlogit_t w_a`` with ``dlogit_t = beta_t (g_A . (H~_t - z_A))``;
-    then ``dH_k,t = alpha_k g_t`` and ``dalpha_k = sum_t g_t . H_k,t``. The bias shifts all logits of a softmax
-    alike: its gradient, ``sum_t dlogit_t``, is zero, and is returned as such instead of as rounding noise.
+    then ``dH_k,t = alpha_k g_t`` and ``dalpha_k = sum_t g_t . H_k,t``. ``dw_a = sum_t dlogit_t (H~_t - z_A)``: the
+    dlogit of a sequence sum to zero, so z_A changes only how states far from zero are rounded. The bias shifts all logits
+    of a softmax alike: its gradient, ``sum_t dlogit_t``, is zero, and is returned as such instead of as rounding noise.
     """
     tokens = tokens_in_view(tables, max_length, response_only)
     refined = mix_depths(states, depth_weights, tokens)
@@ -185,7 +186,7 @@ def multi_view_pool_backward(
         for k, state in enumerate(states)
     ]
     dalpha = torch.stack([(drefined * gather(state, tokens)).sum(dim=(1, 2)) for state in states], dim=1)
-    dweight = (dlogits[..., None] * refined).sum(dim=(0, 1))
+    dweight = (dlogits[..., None] * (refined - attention[:, None])).sum(dim=(0, 1))
     return dstates, dalpha, dweight, dlogits.new_zeros(1)
 
 
@@ -251,4 +252,5 @@ def attention_pool_backward(
     dlogits = beta * ((states - pooled[:, None]) * grad[:, None]).sum(dim=-1)
     dstates = beta[..., None] * grad[:, None] + dlogits[..., None] * upcast(weight)
     dhidden = add_to_tokens(dstates, tokens, hidden.shape[0], hidden.dtype)
-    return dhidden, (dlogits[..., None] * states).sum(dim=(0, 1)), dlogits.new_zeros(1)
+    dweight = (dlogits[..., None] * (states - pooled[:, None])).sum(dim=(0, 1))
+    return dhidden, dweight, dlogits.new_zeros(1)

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "dtypes.h"
-#include "parallel.h"
+#include "rows.h"
 
 namespace {
 
@@ -22,7 +22,7 @@ constexpr int MLPS = 4;  // last, mean, attention, router
 constexpr int TILE_ROWS = REGISTER_BYTES >= 32 ? 4 : 2;
 constexpr int TILE_COLUMNS = REGISTER_BYTES == 64 ? 4 : 1;
 
-constexpr int64_t ROW_BLOCK = 128;  // rows whose views stay in the cache while weights pass by
+constexpr int64_t ROW_BLOCK = 128;  // rows that each weight is read for once: their views stay in the cache
 
 // Which view times which weights.
 struct Product {
@@ -84,11 +84,6 @@ const A* input(const real* numbers) {
     return static_cast<const A*>(numbers);
 }
 
-template <class A>
-void fill_zero(A* to, int64_t count) {
-    std::memset(to, 0, static_cast<std::size_t>(count) * sizeof(A));
-}
-
 template <int N>
 struct Size {
     static constexpr int value = N;
@@ -140,7 +135,7 @@ void form_tile(const UnitTile& tile, const T* weights, const A* z, int64_t rows,
         for (int64_t unit = tile.first; unit < tile.stop; unit += TOGETHER) {
             const int64_t units = smaller(TOGETHER, tile.stop - unit);
             const T* w[TOGETHER];
-            for (int u = 0; u < TOGETHER; ++u) {  // units that there are not repeat the last one
+            for (int u = 0; u < TOGETHER; ++u) {  // the last unit stands in for those beyond it
                 w[u] = weights + (unit + smaller(u, units - 1)) * stride + begin;
                 if (unit + TOGETHER < tile.stop)  // the next come meanwhile; none past the end is read
                     for (int64_t j = 0; j < width; j += 64 / static_cast<int64_t>(sizeof(T)))
@@ -215,14 +210,9 @@ Row<A> evaluate(const Experts& call, const A* shares, A* pre, A* hidden) {
         const Lanes<A> x = load(pre + j, n);
         store(hidden + j, x * sigmoid(x), n);
     });
-    const auto reach = [&](const A* units, const A* weight, int64_t count) {
-        auto total = broadcast<Lanes<A>>(A(0));
-        for_lanes(0, count, [&](int64_t j, auto n) { total = multiply_add(load(units + j, n), load(weight + j, n), total); });
-        return sum<A>(total);
-    };
     for (int v = 0; v < 3; ++v) {
-        row.scores[v] = reach(hidden + v * h, input<A>(call.view_out) + v * h, h) + input<A>(call.view_out_bias)[v];
-        row.pi[v] = reach(hidden + 3 * h, input<A>(call.router_out) + v * h_r, h_r) + input<A>(call.router_out_bias)[v];
+        row.scores[v] = dot(hidden + v * h, input<A>(call.view_out) + v * h, h) + input<A>(call.view_out_bias)[v];
+        row.pi[v] = dot(hidden + 3 * h, input<A>(call.router_out) + v * h_r, h_r) + input<A>(call.router_out_bias)[v];
     }
     A top = row.pi[0], total = 0;
     for (A logit : row.pi) top = logit <= top ? top : logit;  // NaN comes through

@@ -151,21 +151,16 @@ struct Backward {
     template <int OUTPUTS>
     void vectors(const Mlp& mlp, int64_t begin, int64_t end, A* bias, A* out) const {
         for_lanes(begin, end, [&](int64_t j, auto n) {
-            Lanes<A> total[1 + OUTPUTS], block[1 + OUTPUTS];
-            for (auto& x : total) x = broadcast<Lanes<A>>(A(0));
-            for (int64_t first = 0; first < rows; first += SUMMED) {
-                for (auto& x : block) x = broadcast<Lanes<A>>(A(0));
-                for (int64_t b = first; b < smaller(first + SUMMED, rows); ++b) {
-                    const int64_t place = b * units + mlp.hidden + j;
-                    const Lanes<A> layer = load(hidden + place, n);
-                    block[0] += load(pre + place, n);
-                    for (int o = 0; o < OUTPUTS; ++o)
-                        block[1 + o] = multiply_add(layer, broadcast<Lanes<A>>(outputs[6 * b + mlp.first_output + o]), block[1 + o]);
-                }
-                for (int i = 0; i <= OUTPUTS; ++i) total[i] += block[i];
+            LongSum<A> of_bias, of_out[OUTPUTS];
+            for (int64_t b = 0; b < rows; ++b) {
+                const int64_t place = b * units + mlp.hidden + j;
+                const Lanes<A> layer = load(hidden + place, n);
+                const A* output = outputs + 6 * b + mlp.first_output;
+                of_bias.add(load(pre + place, n));
+                for (int o = 0; o < OUTPUTS; ++o) of_out[o].add(layer * broadcast<Lanes<A>>(output[o]));
             }
-            store(bias + j, total[0], n);
-            for (int o = 0; o < OUTPUTS; ++o) store(out + o * mlp.units + j, total[1 + o], n);
+            store(bias + j, of_bias.total(), n);
+            for (int o = 0; o < OUTPUTS; ++o) store(out + o * mlp.units + j, of_out[o].total(), n);
         });
     }
 
@@ -182,13 +177,9 @@ struct Backward {
     // db_out = sum_b dout_b of the three scores and the three logits.
     void output_biases() const {
         for (int o = 0; o < 6; ++o) {
-            A total = 0;
-            for (int64_t first = 0; first < rows; first += SUMMED) {
-                A block = 0;
-                for (int64_t b = first; b < smaller(first + SUMMED, rows); ++b) block += outputs[6 * b + o];
-                total += block;
-            }
-            (o < 3 ? static_cast<A*>(call.grad_view_out_bias) : static_cast<A*>(call.grad_router_out_bias) - 3)[o] = total;
+            double total = 0;  // of few numbers: fp64 costs nothing
+            for (int64_t b = 0; b < rows; ++b) total += outputs[6 * b + o];
+            static_cast<A*>(o < 3 ? call.grad_view_out_bias : call.grad_router_out_bias)[o % 3] = static_cast<A>(total);
         }
     }
 };

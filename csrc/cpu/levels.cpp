@@ -1,5 +1,6 @@
 // What all instruction sets share: which of them the kernels run on, the best that the processor has; busy threads.
 #include <cstring>
+#include <initializer_list>
 
 #include "kernels.h"
 
@@ -9,24 +10,35 @@ int busy_threads = 0;  // here, as all instruction sets share it; accessed atomi
 
 namespace {
 
+enum class Level { plain, avx2, avx512 };
+const char* const NAMES[] = {"plain", "avx2", "avx512"};
+
 struct Levels {
-    const char* names[4] = {};
-    const char* used;
+    const char* names[4] = {};  // of this processor's, the fastest first
+    Level used = Level::plain;
 
     Levels() {
         int count = 0;
+        for (Level level : {Level::avx512, Level::avx2, Level::plain})
+            if (supported(level)) {
+                if (!count) used = level;
+                names[count++] = NAMES[static_cast<int>(level)];
+            }
+    }
+
+    // What the compiler's x86-64-v3 and x86-64-v4 take for granted.
+    static bool supported(Level level) {
 #if defined(__x86_64__)
         __builtin_cpu_init();
         const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && has_f16c();
-        if (v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-            __builtin_cpu_supports("avx512vl"))
-            names[count++] = "avx512";
-        if (v3) names[count++] = "avx2";
+        if (level == Level::avx2) return v3;
+        if (level == Level::avx512)
+            return v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                   __builtin_cpu_supports("avx512vl");
 #endif
-        names[count] = "plain";
-        used = names[0];
+        return level == Level::plain;
     }
 
 #if defined(__x86_64__)
@@ -47,25 +59,25 @@ Levels& chosen() {
 
 const char* const* levels() { return chosen().names; }
 
-const char* level() { return chosen().used; }
+const char* level() { return NAMES[static_cast<int>(chosen().used)]; }
 
 bool use_level(const char* name) {
-    for (const char* const* known = levels(); *known; ++known)
-        if (!std::strcmp(*known, name)) {
-            chosen().used = *known;
+    for (Level level : {Level::plain, Level::avx2, Level::avx512})
+        if (!std::strcmp(NAMES[static_cast<int>(level)], name) && Levels::supported(level)) {
+            chosen().used = level;
             return true;
         }
     return false;
 }
 
 #if defined(__x86_64__)
-#define ADAJUDGE_DISPATCH(name, Call)                        \
-    void name(const Call& call) {                            \
-        switch (level()[3]) {                                \
-            case '5': return avx512::name(call);             \
-            case '2': return avx2::name(call);               \
-            default: return plain::name(call);               \
-        }                                                    \
+#define ADAJUDGE_DISPATCH(name, Call)                            \
+    void name(const Call& call) {                                \
+        switch (chosen().used) {                                 \
+            case Level::avx512: return avx512::name(call);       \
+            case Level::avx2: return avx2::name(call);           \
+            case Level::plain: return plain::name(call);         \
+        }                                                        \
     }
 #else
 #define ADAJUDGE_DISPATCH(name, Call) \

@@ -2,6 +2,9 @@
 #pragma once
 
 #include <omp.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include <cstddef>
 #include <cstdint>
@@ -13,7 +16,7 @@ extern int busy_threads;  // of the process, in kernels (levels.cpp)
 
 namespace {
 
-// Threads worth their waking: one per so many numbers that are read or written.
+// A thread is woken for so many numbers that are read or written; fewer are faster without it.
 constexpr int64_t NUMBERS_PER_THREAD = 1 << 15;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -23,6 +26,22 @@ inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 inline int threads_for(int64_t numbers, int64_t pieces, int threads) {
     return static_cast<int>(larger(1, smaller(threads, smaller(pieces, numbers / NUMBERS_PER_THREAD))));
 }
+
+// How a thread treats subnormal numbers (torch.set_flush_denormal): the caller's mode is that of all its threads.
+#if defined(__x86_64__)
+inline unsigned float_mode() { return _mm_getcsr(); }
+inline void set_float_mode(unsigned mode) { _mm_setcsr(mode); }
+#elif defined(__aarch64__)
+inline uint64_t float_mode() {
+    uint64_t mode;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+    return mode;
+}
+inline void set_float_mode(uint64_t mode) { __asm__ volatile("msr fpcr, %0" : : "r"(mode)); }
+#else
+inline int float_mode() { return 0; }
+inline void set_float_mode(int) {}
+#endif
 
 // Threads taken for a call, of those that calls from other threads of the process leave: a server's threads do not start
 // a team each.
@@ -53,8 +72,15 @@ void parallel_for(int64_t pieces, int threads, Body body) {
         for (int64_t piece = 0; piece < pieces; ++piece) body(piece, 0);
         return;
     }
-#pragma omp parallel for num_threads(team.size()) schedule(dynamic)
-    for (int64_t piece = 0; piece < pieces; ++piece) body(piece, omp_get_thread_num());
+    const auto mode = float_mode();
+#pragma omp parallel num_threads(team.size())
+    {
+        const auto own = float_mode();
+        set_float_mode(mode);
+#pragma omp for schedule(dynamic)
+        for (int64_t piece = 0; piece < pieces; ++piece) body(piece, omp_get_thread_num());
+        set_float_mode(own);
+    }
 }
 
 // Uninitialised memory from a cache line's boundary on. Made before threads start: they have nobody to throw to.

@@ -1,4 +1,4 @@
-// Pooling forward: one scan over the states, run by run of chunks, several views; then the runs of each sequence in order.
+// Pooling forward: one scan over the states, run by run of chunks, several views; then each sequence's runs in order.
 #include "pooling.h"
 
 #include <cmath>
@@ -7,7 +7,14 @@ namespace adajudge::ADAJUDGE_LEVEL {
 namespace {
 
 constexpr int TILE = 6;                // tokens whose rows are added to a view together, while they are in the cache
+constexpr int TOGETHER = 8;            // rows that a mean adds up before it touches memory
 constexpr int64_t COMBINED = 512;      // features that a thread combines at once
+
+// A softmax's largest logit, to subtract: 0 where all of them so far are -inf.
+template <class A>
+A finite(A top) {
+    return top == -INFINITY ? A(0) : top;
+}
 
 template <class T>
 struct Scan {
@@ -16,8 +23,8 @@ struct Scan {
     const T* states[MAX_DEPTHS];
     const A *alpha, *weight;
     A bias;
-    // Per run, at the number of its first chunk: the sum over its response tokens and the attention-weighted sum [N, d], the largest logit and the sum
-    // of exp(logit - largest) [N].
+    // Of each run, at its first chunk's number (the places between stay empty): the sum over its response tokens and the
+    // attention-weighted sum [N, d], the largest logit and the sum of exp(logit - largest) [N].
     A *sums, *weighted, *tops, *totals;
 
     // h = sum_k alpha_k H_k of one token, and w . h.
@@ -37,7 +44,7 @@ struct Scan {
             for_lanes(begin, end, [&](int64_t j, auto n) {
                 Lanes<A> x = load(rows[0] + j, n) * a[0];
                 for (int k = 1; k < depths; ++k) x = multiply_add(load(rows[k] + j, n), a[k], x);
-                if constexpr (sizeof(T) == 2)  // most often of the next token: the loop is faster than memory without
+                if constexpr (sizeof(T) == 2)  // most often the next token; wider numbers keep memory busy without
                     for (int k = 0; k < depths; ++k) __builtin_prefetch(rows[k] + j + d);
                 part = multiply_add(x, load(w + j, n), part);
                 store(h + j, x, All{});  // rows of h are whole lanes wide
@@ -54,15 +61,14 @@ struct Scan {
         Lanes<A> weights[R];
         for (int r = 0; r < R; ++r) weights[r] = broadcast<Lanes<A>>(p[r]);
         for_lanes(0, call.features, [&](int64_t j, auto n) {
-            Lanes<A> h = load(tile + j, All{}), total = h;
-            Lanes<A> x = multiply_add(load(weighted_row + j, n), scales, h * weights[0]);
+            Lanes<A> h = load(tile + j, All{}), x = h * weights[0], totals[2] = {h};
             for (int r = 1; r < R; ++r) {
                 h = load(tile + r * width + j, All{});
                 x = multiply_add(h, weights[r], x);
-                total += h;
+                totals[r % 2] = r == 1 ? h : totals[r % 2] + h;
             }
-            store(weighted_row + j, x, n);
-            if constexpr (SUM) store(sum_row + j, load(sum_row + j, n) + total, n);
+            store(weighted_row + j, multiply_add(load(weighted_row + j, n), scales, x), n);
+            if constexpr (SUM) store(sum_row + j, load(sum_row + j, n) + (R > 1 ? totals[0] + totals[1] : h), n);
         });
     }
 
@@ -72,28 +78,33 @@ struct Scan {
         add<R, false>(weighted_row, nullptr, scale, p, tile, width);
     }
 
-    // Tokens of a run in tiles of one role, so that a NaN in a prompt reaches no mean over responses.
+    // Tokens of a run in tiles of one role, so that a NaN in a prompt reaches no mean over responses. Rows are summed by
+    // tile, tiles by chunk, chunks by run: errors of long sums of numbers of one sign grow with each sum's length.
     template <class Known>
     void run(Known known, int64_t index, A* tile) const {
         const int64_t d = call.features, width = parts(d, LANES) * LANES;
         const Chunk c = run_at(call.layout, index);
         const A one = 1;
         const A* depth_weights = alpha ? alpha + c.sequence_index * call.depths : &one;
-        A* weighted_row = weighted + index * d;
-        A* sum_row = alpha ? sums + index * d : nullptr;
-        fill_zero(weighted_row, d);
-        if (sum_row) fill_zero(sum_row, d);
-        A top = -INFINITY, total = 0, logits[TILE];
+        A *const run_weighted = weighted + index * d, *const run_sum = alpha ? sums + index * d : nullptr;
+        A *const weighted_row = tile + TILE * width, *const weighted_rest = weighted_row + width;
+        A *const sum_row = alpha ? weighted_rest + width : nullptr, *const sum_rest = weighted_rest + 2 * width;
+        fill_zero(run_weighted, d);
+        if (run_sum) fill_zero(run_sum, d);
+        fill_zero(weighted_row, 4 * width);
+        A top = -INFINITY, run_top = top, logits[TILE];
+        double total = 0;  // of one number a token: fp64 costs nothing
         int held = 0;
         int8_t held_role = PADDING;
         const auto flush = [&] {
             if (!held) return;
             const A before = top;
             for (int r = 0; r < held; ++r) top = logits[r] <= top ? top : logits[r];  // NaN comes through
-            const A scale = exp_of_negative(before - top);
+            const A safe = finite(top);
+            const A scale = exp_of_negative(before - safe);
             A p[TILE];
             total *= scale;
-            for (int r = 0; r < held; ++r) total += p[r] = exp_of_negative(logits[r] - top);
+            for (int r = 0; r < held; ++r) total += p[r] = exp_of_negative(logits[r] - safe);
             A* to = held_role == RESPONSE ? sum_row : nullptr;
             if (held == TILE) {
                 add<TILE>(weighted_row, to, scale, p, tile, width);
@@ -102,7 +113,14 @@ struct Scan {
             }
             held = 0;
         };
+        const auto end_chunk = [&] {
+            flush();
+            fold_row(run_weighted, weighted_rest, weighted_row, exp_of_negative(run_top - finite(top)), d);
+            if (run_sum) fold_row(run_sum, sum_rest, sum_row, A(1), d);
+            run_top = top;
+        };
         for (int64_t position = c.begin; position < c.end; ++position) {
+            if (position > c.begin && (position - c.begin) % CHUNK_TOKENS == 0) end_chunk();
             const int64_t slot = c.sequence.slot(position);
             const int8_t role = call.layout.roles[slot];
             if (call.response_only && role != RESPONSE) continue;
@@ -113,9 +131,11 @@ struct Scan {
             if (alpha && slot == c.sequence.last_response)
                 std::memcpy(static_cast<A*>(call.last) + c.sequence_index * d, h, static_cast<std::size_t>(d) * sizeof(A));
         }
-        flush();
+        end_chunk();
+        add_row(run_weighted, weighted_rest, d);
+        if (run_sum) add_row(run_sum, sum_rest, d);
         tops[index] = top;
-        totals[index] = total;
+        totals[index] = static_cast<A>(total);
     }
 
     // The views of a sequence, from its runs: features begin..end.
@@ -123,7 +143,8 @@ struct Scan {
         const int64_t d = call.features;
         const Sequence s = sequence_at(call.layout, b);
         const int64_t first = s.first_chunk, stop = first + chunks_of(s);
-        A top = -INFINITY, total = 0;
+        A top = -INFINITY;
+        double total = 0;
         for (int64_t c = first; c < stop; c += RUN)
             if (totals[c] != 0) top = tops[c] <= top ? top : tops[c];
         for (int64_t c = first; c < stop; c += RUN)
@@ -133,20 +154,20 @@ struct Scan {
         fill_zero(attention, end - begin);
         if (mean) fill_zero(mean, end - begin);
         for (int64_t c = first; c < stop; c += RUN) {
+            if (mean) add_row(mean, sums + c * d + begin, end - begin);
             if (totals[c] == 0) continue;  // nothing of it is in the view
             const auto share = broadcast<Lanes<A>>(exp_of_negative(tops[c] - top));
             const A* from = weighted + c * d + begin;
             for_lanes(0, end - begin, [&](int64_t j, auto n) {
                 store(attention + j, multiply_add(load(from + j, n), share, load(attention + j, n)), n);
             });
-            if (mean) add_row(mean, sums + c * d + begin, end - begin);
         }
-        const auto whole = broadcast<Lanes<A>>(total), count = broadcast<Lanes<A>>(A(s.responses));
+        const auto whole = broadcast<Lanes<A>>(A(total)), count = broadcast<Lanes<A>>(A(s.responses));
         for_lanes(0, end - begin, [&](int64_t j, auto n) {
             store(attention + j, load(attention + j, n) / whole, n);
             if (mean) store(mean + j, load(mean + j, n) / count, n);
         });
-        if (!begin) static_cast<A*>(call.log_sum_exp)[b] = top + std::log(total);
+        if (!begin) static_cast<A*>(call.log_sum_exp)[b] = top + static_cast<A>(std::log(total));
     }
 };
 
@@ -156,14 +177,14 @@ void run_views(const Views& call) {
     const int64_t d = call.features, chunks = call.layout.num_chunks, width = parts(d, LANES) * LANES;
     const int64_t numbers = call.depths * chunks * CHUNK_TOKENS * d;
     const int threads = threads_for(numbers, chunks, call.threads);
-    const Scratch<A> tiles(threads * TILE * width), partial((call.alpha ? 2 : 1) * chunks * d), scalars(2 * chunks);
+    const Scratch<A> tiles(threads * (TILE + 4) * width), partial((call.alpha ? 2 : 1) * chunks * d), scalars(2 * chunks);
     Scan<T> scan{call, {}, static_cast<const A*>(call.alpha), static_cast<const A*>(call.weight),
                  static_cast<const A*>(call.bias)[0], partial.row(1, chunks * d), partial.data(),
                  scalars.data(), scalars.row(1, chunks)};
     for (int64_t k = 0; k < call.depths; ++k) scan.states[k] = static_cast<const T*>(call.states[k]);
     with_depths(call.depths, [&](auto known) {
         parallel_for(chunks, threads, [&](int64_t chunk, int thread) {
-            if (starts_run(call.layout, chunk)) scan.run(known, chunk, tiles.row(thread, TILE * width));
+            if (starts_run(call.layout, chunk)) scan.run(known, chunk, tiles.row(thread, (TILE + 4) * width));
         });
     });
     const int64_t blocks = parts(d, COMBINED), pieces = call.layout.num_sequences * blocks;
@@ -183,16 +204,45 @@ void run_means(const Means& call) {
     A* sums[] = {partial.data(), partial.row(1, chunks * d)};
     const T* hidden = static_cast<const T*>(call.hidden);
     const int threads = threads_for(chunks * CHUNK_TOKENS * d, chunks, call.threads);
-    parallel_for(chunks, threads, [&](int64_t index, int) {
+    const Scratch<A> of_chunks(threads * 4 * d);
+    parallel_for(chunks, threads, [&](int64_t index, int thread) {
         if (!starts_run(layout, index)) return;
         const Chunk c = run_at(layout, index);
+        A* of_chunk[] = {of_chunks.row(4 * thread, d), of_chunks.row(4 * thread + 1, d)};
+        A* rest[] = {of_chunks.row(4 * thread + 2, d), of_chunks.row(4 * thread + 3, d)};
+        fill_zero(of_chunk[0], 4 * d);
         for (int part = 0; part < 2; ++part)
             if (wanted[part]) fill_zero(sums[part] + index * d, d);
+        const T* rows[2][TOGETHER];
+        int held[2] = {};
+        const auto flush = [&](int part) {
+            if (!held[part]) return;
+            A* to = of_chunk[part];
+            for_lanes(0, d, [&](int64_t j, auto n) {
+                auto total = load(rows[part][0] + j, n);
+                for (int r = 1; r < held[part]; ++r) total += load(rows[part][r] + j, n);
+                store(to + j, load(to + j, n) + total, n);
+            });
+            held[part] = 0;
+        };
+        const auto end_chunk = [&] {
+            for (int part = 0; part < 2; ++part) {
+                if (!wanted[part]) continue;
+                flush(part);
+                fold_row(sums[part] + index * d, rest[part], of_chunk[part], A(1), d);
+            }
+        };
         for (int64_t position = c.begin; position < c.end; ++position) {
+            if (position > c.begin && (position - c.begin) % CHUNK_TOKENS == 0) end_chunk();
             const int64_t slot = c.sequence.slot(position);
             const int part = layout.roles[slot] == RESPONSE;
-            if (wanted[part]) add_row(sums[part] + index * d, hidden + slot * d, d);
+            if (!wanted[part]) continue;
+            rows[part][held[part]++] = hidden + slot * d;
+            if (held[part] == TOGETHER) flush(part);
         }
+        end_chunk();
+        for (int part = 0; part < 2; ++part)
+            if (wanted[part]) add_row(sums[part] + index * d, rest[part], d);
     });
     const int64_t blocks = parts(d, COMBINED), pieces = layout.num_sequences * blocks;
     parallel_for(pieces, threads_for(2 * chunks / RUN * d, pieces, call.threads), [&](int64_t piece, int) {

@@ -1,8 +1,8 @@
-// What the pooling kernels know of a layout: sequences, their chunks, and the sums over chunks.
+// What the pooling kernels know of a layout: sequences, their chunks, groups and padding.
 #pragma once
 
 #include "dtypes.h"
-#include "parallel.h"
+#include "rows.h"
 
 namespace {
 
@@ -28,7 +28,7 @@ ALWAYS_INLINE auto with_depths(int64_t depths, Body body) {
     }
 }
 
-constexpr int8_t PADDING = 0, PROMPT = 1, RESPONSE = 2;
+constexpr int8_t PADDING = 0, RESPONSE = 2;  // roles; the third, 1, is the prompt's
 
 // A sequence's tokens have positions 0.. that run through its first range, then through its second.
 struct Sequence {
@@ -84,45 +84,6 @@ inline Group group_at(const Layout& layout, int64_t g) {
     Group group;
     std::memcpy(&group, layout.groups + 5 * g, sizeof group);
     return group;
-}
-
-template <class A>
-void fill_zero(A* to, int64_t count) {
-    std::memset(to, 0, static_cast<std::size_t>(count) * sizeof(A));
-}
-
-// to += from
-template <class A, class T>
-void add_row(A* to, const T* from, int64_t d) {
-    for_lanes(0, d, [&](int64_t j, auto n) { store(to + j, load(to + j, n) + load(from + j, n), n); });
-}
-
-template <class A>
-A dot(const A* a, const A* b, int64_t d) {
-    auto total = broadcast<Lanes<A>>(A(0));
-    for_segments(d, [&](int64_t begin, int64_t end) {
-        auto part = broadcast<Lanes<A>>(A(0));
-        for_lanes(begin, end, [&](int64_t j, auto n) { part = multiply_add(load(a + j, n), load(b + j, n), part); });
-        total += part;
-    });
-    return sum<A>(total);
-}
-
-// out = the sum of `count` rows; sixty-four at a time first, for accuracy.
-template <class A>
-void sum_rows(const A* rows, int64_t count, int64_t d, A* out, int threads) {
-    constexpr int64_t BLOCK = 256;  // features, a multiple of LANES
-    parallel_for(parts(d, BLOCK), threads_for(count * d, parts(d, BLOCK), threads), [&](int64_t block, int) {
-        const int64_t begin = block * BLOCK, width = smaller(BLOCK, d - begin);
-        A group[BLOCK], total[BLOCK] = {};
-        for (int64_t first = 0; first < count; first += CHUNK_TOKENS) {
-            fill_zero(group, width);
-            for (int64_t row = first; row < smaller(first + CHUNK_TOKENS, count); ++row)
-                add_row(group, rows + row * d + begin, width);
-            add_row(total, group, width);
-        }
-        std::memcpy(out + begin, total, static_cast<std::size_t>(width) * sizeof(A));
-    });
 }
 
 // Zeros for the rows of `out` that are padding.

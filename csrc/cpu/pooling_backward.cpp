@@ -5,6 +5,13 @@
 namespace adajudge::ADAJUDGE_LEVEL {
 namespace {
 
+struct Yes {
+    static constexpr bool value = true;
+};
+struct No {
+    static constexpr bool value = false;
+};
+
 constexpr int64_t STREAMED_BYTES = 32 << 20;  // of gradients: more than caches keep until somebody reads them
 
 template <class T>
@@ -21,13 +28,13 @@ struct ScanBackward {
     A *grad_alpha_parts;     // [N, K]
     A *grad_weight_parts;    // [N, d]
 
-    // Rows that a thread fills: H~ of a token, and what the last and mean view say of a token's gradient: of a prompt
+    // Rows that a thread fills: H~ - z_A of a token, and what the last and mean view say of a token's gradient: of a prompt
     // token nothing, of a response token g_M / n, of the last one g_L besides.
     struct Rows {
         A *h, *prompt, *response, *last;
     };
 
-    // h = sum_k alpha_k H_k; returns w . h, and g_A . (h - z_A) in `grad_dot`.
+    // With h = sum_k alpha_k H_k: returns w . h; writes h - z_A, and g_A times it to `grad_dot`.
     template <class Known>
     ALWAYS_INLINE A mix(Known, const T* const* rows, const A* depth_weights, const A* grad, const A* pooled, A* h,
                         A& grad_dot) const {
@@ -44,8 +51,9 @@ struct ScanBackward {
                 if constexpr (sizeof(T) == 2)
                     for (int k = 0; k < depths; ++k) __builtin_prefetch(rows[k] + j + d);
                 logit_part = multiply_add(x, load(w + j, n), logit_part);
-                dot_part = multiply_add(x - load(pooled + j, n), load(grad + j, n), dot_part);
-                store(h + j, x, n);
+                const Lanes<A> centred = x - load(pooled + j, n);
+                dot_part = multiply_add(centred, load(grad + j, n), dot_part);
+                store(h + j, centred, n);
             });
             logit += logit_part;
             dot += dot_part;
@@ -54,7 +62,8 @@ struct ScanBackward {
         return sum<A>(logit);
     }
 
-    // g = base + beta g_A + dlogit w; dH_k = alpha_k g, dalpha_k += g . H_k, dw += dlogit h.
+    // g = base + beta g_A + dlogit w; dH_k = alpha_k g, dalpha_k += g . H_k, dw += dlogit (h - z_A):
+    // the dlogit of a sequence sum to zero, and so a mean of its states need not cancel.
     template <bool WRITE, bool STREAM, class Known>
     ALWAYS_INLINE void spread(Known, const T* const* rows, T* const* grad_rows, const A* depth_weights, const A* base,
                               const A* grad, A beta, A grad_logit, const A* h, A* grad_alpha, A* grad_weight) const {
@@ -102,12 +111,16 @@ struct ScanBackward {
         const A beta = exp_of_negative(logit - log_sum_exp[b]), grad_logit = beta * grad_dot;
         const A* base = slot == c.sequence.last_response ? held.last : response ? held.response : held.prompt;
         A* grad_weight = grad_weight_parts + index * d;
+        const auto spread_as = [&](auto write, auto past_caches) {
+            spread<decltype(write)::value, decltype(past_caches)::value>(
+                known, rows, grad_rows, depth_weights, base, grad, beta, grad_logit, held.h, grad_alpha, grad_weight);
+        };
         if (own && streaming)
-            spread<true, true>(known, rows, grad_rows, depth_weights, base, grad, beta, grad_logit, held.h, grad_alpha, grad_weight);
+            spread_as(Yes{}, Yes{});
         else if (own)
-            spread<true, false>(known, rows, grad_rows, depth_weights, base, grad, beta, grad_logit, held.h, grad_alpha, grad_weight);
+            spread_as(Yes{}, No{});
         else
-            spread<false, false>(known, rows, grad_rows, depth_weights, base, grad, beta, grad_logit, held.h, grad_alpha, grad_weight);
+            spread_as(No{}, No{});
         if (!own) {
             betas[index * CHUNK_TOKENS + position - c.begin] = beta;
             grad_logits[index * CHUNK_TOKENS + position - c.begin] = grad_logit;

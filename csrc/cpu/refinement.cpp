@@ -1,11 +1,13 @@
 // The refinement block's rows: residual addition with RMSNorm, and SwiGLU on the merged projection; forward, backward.
-#include "pooling.h"
+#include "dtypes.h"
+#include "rows.h"
 
 #include <cmath>
 
 namespace adajudge::ADAJUDGE_LEVEL {
 namespace {
 
+constexpr int64_t CHUNK = 64;  // rows whose share of a weight's gradient is summed first
 constexpr int64_t PIECE = 16;  // rows that a thread takes at once where rows do not depend on each other
 
 // 1 / sqrt(mean(u^2) + eps)
@@ -50,13 +52,13 @@ void run_rms_norm(const RmsNorm& call) {
 template <class T>
 void run_rms_norm_backward(const RmsNormBackward& call) {
     using A = arithmetic<T>;
-    const int64_t d = call.features, chunks = parts(call.rows, CHUNK_TOKENS);
+    const int64_t d = call.features, chunks = parts(call.rows, CHUNK);
     const A* weight = static_cast<const A*>(call.weight);
     const Scratch<A> weight_parts(chunks * d);
     parallel_for(chunks, threads_for(3 * call.rows * d, chunks, call.threads), [&](int64_t chunk, int) {
         A* grad_weight = weight_parts.row(chunk, d);
         fill_zero(grad_weight, d);
-        for (int64_t row = chunk * CHUNK_TOKENS; row < smaller((chunk + 1) * CHUNK_TOKENS, call.rows); ++row) {
+        for (int64_t row = chunk * CHUNK; row < smaller((chunk + 1) * CHUNK, call.rows); ++row) {
             const T *u = static_cast<const T*>(call.total) + row * d, *g = static_cast<const T*>(call.grad_normed) + row * d;
             T* out = static_cast<T*>(call.grad) + row * d;
             auto squares = broadcast<Lanes<A>>(A(0)), products = squares;

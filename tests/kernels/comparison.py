@@ -76,7 +76,7 @@ def assert_within_contract(ours, plain, exact, name, dtype):
             bound += STORED.get(outputs[i].dtype, 0.0) * float(expected.abs().max())
         found = error(outputs[i], expected)
         note_error(name, dtype, found, bound)
-        assert found <= bound, f"output {i}"
+        assert found <= bound, f"output {i}: {found:.2g} > {bound:.2g}"
     for variable, expected in true_gradients.items():
         bound = 2 * error(plain_gradients[variable], expected) + ABSOLUTE
         ours_here = gradients[variable]
@@ -86,7 +86,7 @@ def assert_within_contract(ours, plain, exact, name, dtype):
                 bound += ROUNDING.get(ours_here.dtype, 0.0) * float(expected.abs().max())
         found = error(gradients[variable], expected)
         note_error(name, dtype, found, bound)
-        assert found <= bound, f"gradient of {variable}"
+        assert found <= bound, f"gradient of {variable}: {found:.2g} > {bound:.2g}"
 
 
 def on_every_level(levels, run):

@@ -66,6 +66,19 @@ def test_error_bound_holds_on_any_layout(operation, device, batch, kind, dtype, 
 
 
 @pooling
+@dtypes
+@pytest.mark.parametrize("shift", ["mean", "outlier"])
+def test_error_bound_holds_for_states_as_models_have_them(operation, dtype, shift, device):
+    """With a mean far from zero, or one feature far larger than the others: long sums of numbers of one sign."""
+    batch = Batch((0, 300), ((300,), (260, 5)))
+    inputs = operation.draw(batch, 40, 2)
+    for name, x in inputs.items():
+        if over_tokens(name):
+            x[:, slice(None) if shift == "mean" else 7] += 4 if shift == "mean" else 50
+    compare(operation, inputs, batch, "shared", dtype, device)
+
+
+@pooling
 @pytest.mark.parametrize("depths", range(1, 9))
 def test_one_to_eight_depths(operation, depths, device):
     compare(operation, operation.draw(RAGGED, 20, depths), RAGGED, "shared", torch.float32, device)
@@ -261,6 +274,30 @@ def test_padding_reaches_no_output_and_no_gradient(operation, poison, kind, devi
         if x.grad is not None:
             assert x.grad.isfinite().all(), name
             assert not over_tokens(name) or not x.grad[source < 0].any()
+
+
+@pytest.mark.parametrize("few", [False, True], ids=["a whole run", "some"])
+def test_logits_of_minus_infinity_are_weights_of_zero(few, device):
+    """Finite states whose logits overflow: the softmax is over what is left."""
+    batch = Batch((0,), ((700,),))
+    states = torch.ones(batch.num_tokens, 4, device=device)
+    states[: 10 if few else 300, 0] = 1e30
+    weight = torch.tensor([-1e30, 0.0, 0.0, 0.0], device=device)
+    layout, _ = batch.lay_out("packed", device)
+    states.requires_grad_()
+    arguments = (
+        [states],
+        torch.ones(1, 1, device=device),
+        weight,
+        torch.full((1,), 1e30, device=device),
+        layout,
+    )
+    views = ak.multi_view_pool(*arguments)
+    assert torch.equal(views.attention, torch.ones(1, 4, device=device))
+    expected = states.detach().double().mean(dim=0, keepdim=True).float()
+    assert torch.allclose(views.mean, expected, rtol=1e-6)
+    views.attention[:, 1].sum().backward()
+    assert states.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("operation", [POOLING[i] for i in (2, 3, 7)], ids=lambda op: op.name)

@@ -1,5 +1,6 @@
 """What is special to the compiled CPU kernels: bits and errors on every instruction set, any memory, torch's threads."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -96,6 +97,63 @@ def test_where_the_states_lie_changes_no_bit(operation, dtype, offset):
     expected = operation.call(placed, layout)
     for other in (moved, strided):
         assert all(torch.equal(a, b) for a, b in zip(operation.call(other, layout), expected, strict=True))
+
+
+@dtypes
+def test_where_the_states_lie_changes_no_gradient(dtype):
+    layout, source = LONG.lay_out("packed")
+    drawn = {name: x.to(dtype) for name, x in POOLING[1].draw(LONG, 45, 2).items()}
+    placed = {name: place(x, source) if over_tokens(name) else x for name, x in drawn.items()}
+    runs = []
+    for move in (
+        torch.clone,
+        lambda x: in_other_memory(x, 1),
+        lambda x: x.mT.contiguous().mT if x.dim() > 1 else x,
+    ):
+        leaves = {name: move(x).detach().requires_grad_() for name, x in placed.items()}
+        runs.append(run_truth(lambda x: POOLING[1].call(x, layout), leaves))
+    assert_same_bits(runs)
+
+
+@dtypes
+def test_gradients_past_the_caches_are_those_of_each_sequence_alone(dtype, levels):
+    """Large ones are stored another way; those of a sequence alone are small."""
+    lengths, d, depths = [900, 1, 1250, 700], 1024, 6
+    layout = ak.SequenceLayout.packed([0] * 4, lengths)
+    states = [torch.randn(sum(lengths), d).to(dtype) for _ in range(depths)]
+    assert depths * states[0].nbytes >= 32 << 20
+    alpha, weight = torch.softmax(torch.randn(4, depths), dim=1), torch.randn(d) / d**0.5
+
+    def gradients(xs, alpha, layout):
+        leaves = [x.clone().requires_grad_() for x in xs]
+        views = ak.multi_view_pool(leaves, alpha, weight, torch.zeros(1), layout)
+        return torch.autograd.grad(sum(view.cos().sum() for view in views), leaves)
+
+    for _ in on_every_level(levels, lambda: None):
+        whole = gradients(states, alpha, layout)
+        for b, (stop, length) in enumerate(zip(itertools.accumulate(lengths), lengths, strict=True)):
+            rows = slice(stop - length, stop)
+            own = [x[rows] for x in states]
+            alone = gradients(own, alpha[b : b + 1], ak.SequenceLayout.packed([0], [length]))
+            assert all(torch.equal(x[rows], y) for x, y in zip(whole, alone, strict=True))
+
+
+def test_a_view_with_the_negative_bit_is_read_with_its_sign():
+    layout = ak.SequenceLayout.packed([0], [3])
+    x = torch.randn(3, 4)
+    assert torch.equal(ak.masked_mean_pool(torch._neg_view(x), layout), -ak.masked_mean_pool(x, layout))
+
+
+def test_subnormal_numbers_are_treated_as_the_caller_says():
+    run_code("""
+torch.set_num_threads(4)
+tiny = [torch.full((4000, 256), 1e-39) for _ in range(2)]
+means = lambda: ak.multi_view_pool(tiny, *arguments[1:]).mean
+assert means().all()
+assert torch.set_flush_denormal(True)
+for _ in range(5):
+    assert not means().any(), "some threads keep subnormal numbers"
+""")
 
 
 @pooling

@@ -1,0 +1,63 @@
+// What kernels do with rows of numbers: sums of them, whose order is fixed, and dot products.
+#pragma once
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace {
+
+template <class A>
+void fill_zero(A* to, int64_t count) {
+    std::memset(to, 0, static_cast<std::size_t>(count) * sizeof(A));
+}
+
+// to += from
+template <class A, class T>
+void add_row(A* to, const T* from, int64_t d) {
+    for_lanes(0, d, [&](int64_t j, auto n) { store(to + j, load(to + j, n) + load(from + j, n), n); });
+}
+
+// to = to * scale + from, and what rounding took from the sum goes to `rest`; `from` is zero afterwards.
+template <class A>
+void fold_row(A* to, A* rest, A* from, A scale, int64_t d) {
+    const auto scales = broadcast<Lanes<A>>(scale), zero = broadcast<Lanes<A>>(A(0));
+    for_lanes(0, d, [&](int64_t j, auto n) {
+        const Lanes<A> a = load(to + j, n) * scales, b = load(from + j, n), sum = a + b;
+        const Lanes<A> b_of_sum = sum - a, lost = (a - (sum - b_of_sum)) + (b - b_of_sum);
+        store(to + j, sum, n);
+        // Where the sum is infinite, what it lost is NaN.
+        store(rest + j, multiply_add(load(rest + j, n), scales, number_or_zero(lost)), n);
+        store(from + j, zero, n);
+    });
+}
+
+template <class A>
+A dot(const A* a, const A* b, int64_t d) {
+    auto total = broadcast<Lanes<A>>(A(0));
+    for_segments(d, [&](int64_t begin, int64_t end) {
+        auto part = broadcast<Lanes<A>>(A(0));
+        for_lanes(begin, end, [&](int64_t j, auto n) { part = multiply_add(load(a + j, n), load(b + j, n), part); });
+        total += part;
+    });
+    return sum<A>(total);
+}
+
+// out = the sum of `count` rows; of groups of them first, for accuracy.
+template <class A>
+void sum_rows(const A* rows, int64_t count, int64_t d, A* out, int threads) {
+    constexpr int64_t BLOCK = 256;  // features, a multiple of LANES
+    constexpr int64_t GROUP = 64;
+    parallel_for(parts(d, BLOCK), threads_for(count * d, parts(d, BLOCK), threads), [&](int64_t block, int) {
+        const int64_t begin = block * BLOCK, width = smaller(BLOCK, d - begin);
+        A group[BLOCK], total[BLOCK] = {};
+        for (int64_t first = 0; first < count; first += GROUP) {
+            fill_zero(group, width);
+            for (int64_t row = first; row < smaller(first + GROUP, count); ++row)
+                add_row(group, rows + row * d + begin, width);
+            add_row(total, group, width);
+        }
+        std::memcpy(out + begin, total, static_cast<std::size_t>(width) * sizeof(A));
+    });
+}
+
+}  // namespace
