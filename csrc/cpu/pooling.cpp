@@ -44,7 +44,7 @@ struct Scan {
             for_lanes(begin, end, [&](int64_t j, auto n) {
                 Lanes<A> x = load(rows[0] + j, n) * a[0];
                 for (int k = 1; k < depths; ++k) x = multiply_add(load(rows[k] + j, n), a[k], x);
-                if constexpr (sizeof(T) == 2)  // most often the next token; wider numbers keep memory busy without
+                if (sizeof(T) == 2 && j % 32 == 0)  // the next token's line, most often; wider numbers need no help
                     for (int k = 0; k < depths; ++k) __builtin_prefetch(rows[k] + j + d);
                 part = multiply_add(x, load(w + j, n), part);
                 store(h + j, x, All{});  // rows of h are whole lanes wide

@@ -48,7 +48,7 @@ struct ScanBackward {
             for_lanes(begin, end, [&](int64_t j, auto n) {
                 Lanes<A> x = load(rows[0] + j, n) * a[0];
                 for (int k = 1; k < depths; ++k) x = multiply_add(load(rows[k] + j, n), a[k], x);
-                if constexpr (sizeof(T) == 2)
+                if (sizeof(T) == 2 && j % 32 == 0)  // as in the forward
                     for (int k = 0; k < depths; ++k) __builtin_prefetch(rows[k] + j + d);
                 logit_part = multiply_add(x, load(w + j, n), logit_part);
                 const Lanes<A> centred = x - load(pooled + j, n);
