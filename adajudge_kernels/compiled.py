@@ -44,21 +44,13 @@ def _load() -> ModuleType:
 try:
     module = _load()
 except ImportError as error:
-    _reason = Path(__file__).with_name(
-        "_native_missing.txt"
-    )  # written by an installation that did not build it
+    # An installation that did not build the module has written why.
+    _reason = Path(__file__).with_name("_native_missing.txt")
     missing = (
         _reason.read_text().strip() if _reason.exists() else f"the compiled module is not there ({error})"
     )
 
-_DTYPES = {
-    torch.float64: "float64",
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
-if module is not None:
-    _DTYPES = {dtype: getattr(module.Dtype, name) for dtype, name in _DTYPES.items()}
+_DTYPES = {getattr(torch, name): code for name, code in (module.Dtype.__members__.items() if module else ())}
 
 
 def dtype_code(dtype: torch.dtype) -> Any:

@@ -128,17 +128,13 @@ def _depth_gate_backward(
     max_length: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dhidden, dweight, dbias = _kernels(backend).depth_gate_backward(
-        grad_alpha,
-        grad_prompt,
-        alpha,
-        context,
-        weight,
-        LayoutTables(*tables),
-        max_length,
-        hidden_dtype,
+    # What has no tokens in it, [B, K] and [K, d], is plain PyTorch.
+    dlogits = alpha * (grad_alpha - (grad_alpha * alpha).sum(dim=1, keepdim=True))
+    dcontext = dlogits @ weight.to(dlogits.dtype)
+    dhidden = _kernels(backend).spread_means(
+        LayoutTables(*tables), max_length, hidden_dtype, prompt=grad_prompt, everything=dcontext
     )
-    return dhidden, dweight.to(weight.dtype), dbias.to(bias.dtype)
+    return dhidden, (dlogits.mT @ context).to(weight.dtype), dlogits.sum(dim=0).to(bias.dtype)
 
 
 def _depth_gate_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -368,9 +364,8 @@ def _masked_mean_pool_backward(
     tokens: str,
     backend: str,
 ) -> Tensor:
-    return _kernels(backend).masked_mean_pool_backward(
-        grad, LayoutTables(*tables), max_length, tokens, hidden_dtype
-    )
+    mean = {"everything" if tokens == "all" else tokens: grad}
+    return _kernels(backend).spread_means(LayoutTables(*tables), max_length, hidden_dtype, **mean)
 
 
 def _masked_mean_pool_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

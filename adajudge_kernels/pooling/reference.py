@@ -107,27 +107,25 @@ def depth_gate_forward(
     return alpha, mean_over(states, tokens.valid & ~tokens.response), context
 
 
-def depth_gate_backward(
-    grad_alpha: Tensor,
-    grad_prompt: Tensor,
-    alpha: Tensor,
-    context: Tensor,
-    weight: Tensor,
+def spread_means(
     tables: LayoutTables,
     max_length: int,
-    hidden_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias."""
+    dtype: torch.dtype,
+    prompt: Tensor | None = None,
+    response: Tensor | None = None,
+    everything: Tensor | None = None,
+) -> Tensor:
+    """``[T, d]`` from the gradients ``[B, d]`` of means: ``dh_t = m_t / n g``, summed over the means that were taken."""
     tokens = dense_tokens(tables, max_length)
-    prompt = tokens.valid & ~tokens.response
-    dlogits = alpha * (grad_alpha - (grad_alpha * alpha).sum(dim=1, keepdim=True))
-    dcontext = dlogits @ upcast(weight) / tokens.valid.sum(dim=1, keepdim=True)
-    dprompt = grad_prompt / prompt.sum(dim=1, keepdim=True).clamp(min=1)
-    dtokens = selected(tokens.valid[..., None], dcontext[:, None]) + selected(
-        prompt[..., None], dprompt[:, None]
-    )
-    dhidden = add_to_tokens(dtokens, tokens, tables.roles.shape[0], hidden_dtype)
-    return dhidden, dlogits.mT @ context, dlogits.sum(dim=0)
+    masks = tokens.valid & ~tokens.response, tokens.response, tokens.valid
+    total = None
+    for mask, grad in zip(masks, (prompt, response, everything), strict=True):
+        if grad is not None:
+            per_token = grad / mask.sum(dim=1, keepdim=True).clamp(min=1)
+            part = selected(mask[..., None], per_token[:, None])
+            total = part if total is None else total + part
+    assert total is not None
+    return add_to_tokens(total, tokens, tables.roles.shape[0], dtype)
 
 
 def multi_view_pool_forward(
@@ -200,22 +198,6 @@ def masked_mean_pool_forward(hidden: Tensor, tables: LayoutTables, max_length: i
     """Mean over the tokens that `which` names, ``[B, d]``; zero where there are none."""
     tokens = dense_tokens(tables, max_length)
     return mean_over(gather(hidden, tokens), _token_mask(tokens, which))
-
-
-def masked_mean_pool_backward(
-    grad: Tensor,
-    tables: LayoutTables,
-    max_length: int,
-    which: str,
-    hidden_dtype: torch.dtype,
-) -> Tensor:
-    """``dh_t = m_t / n g``."""
-    tokens = dense_tokens(tables, max_length)
-    mask = _token_mask(tokens, which)
-    per_token = grad / mask.sum(dim=1, keepdim=True).clamp(min=1)
-    return add_to_tokens(
-        selected(mask[..., None], per_token[:, None]), tokens, tables.roles.shape[0], hidden_dtype
-    )
 
 
 def attention_pool_forward(

@@ -56,23 +56,6 @@ def depth_gate_forward(
     return alpha, prompt_mean, context
 
 
-def depth_gate_backward(
-    grad_alpha: Tensor,
-    grad_prompt: Tensor,
-    alpha: Tensor,
-    context: Tensor,
-    weight: Tensor,
-    tables: LayoutTables,
-    max_length: int,
-    hidden_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias. What has no tokens in it, ``[B, K]`` and ``[K, d]``, is plain PyTorch."""
-    dlogits = alpha * (grad_alpha - (grad_alpha * alpha).sum(dim=1, keepdim=True))
-    dcontext = dlogits @ weight.to(dlogits.dtype)
-    dhidden = _spread_means(tables, hidden_dtype, prompt=grad_prompt, everything=dcontext)
-    return dhidden, dlogits.mT @ context, dlogits.sum(dim=0)
-
-
 def masked_mean_pool_forward(hidden: Tensor, tables: LayoutTables, max_length: int, which: str) -> Tensor:
     """Mean over the tokens that `which` names, ``[B, d]``; zero where there are none."""
     hidden = aligned(hidden)
@@ -85,13 +68,6 @@ def masked_mean_pool_forward(hidden: Tensor, tables: LayoutTables, max_length: i
             name = "everything" if which == "all" else which
             _combine_sums(sums, tables, **{name: pooled})
     return pooled
-
-
-def masked_mean_pool_backward(
-    grad: Tensor, tables: LayoutTables, max_length: int, which: str, hidden_dtype: torch.dtype
-) -> Tensor:
-    """``dh_t = m_t / n g``."""
-    return _spread_means(tables, hidden_dtype, **{"everything" if which == "all" else which: grad})
 
 
 def multi_view_pool_forward(
@@ -433,8 +409,9 @@ def _combine_sums(
     )
 
 
-def _spread_means(
+def spread_means(
     tables: LayoutTables,
+    max_length: int,
     dtype: torch.dtype,
     prompt: Tensor | None = None,
     response: Tensor | None = None,

@@ -166,10 +166,11 @@ def pooling_launches(d, depths, dtype):
             pooling.attention_pool_forward(hidden, w, b, tables, length, False)
             pooling.attention_pool_backward(grad, hidden, *rest)
             pooling.depth_gate_forward(hidden, *gate, tables, length)
-            pooling.depth_gate_backward(alpha, grad, alpha, grad, gate[0], tables, length, dtype)
+            pooling.spread_means(tables, length, dtype, prompt=grad, everything=grad)
             for which in ("response", "prompt", "all"):
                 pooling.masked_mean_pool_forward(hidden, tables, length, which)
-                pooling.masked_mean_pool_backward(grad, tables, length, which, dtype)
+                mean = {"everything" if which == "all" else which: grad}
+                pooling.spread_means(tables, length, dtype, **mean)
     return list(found)
 
 
