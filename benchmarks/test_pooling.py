@@ -6,6 +6,7 @@ fails if one differs from the pooling in fp64 by more than its dtype explains.
 """
 
 import dataclasses
+import itertools
 import statistics
 import time
 
@@ -16,13 +17,14 @@ import adajudge_kernels as ak
 from benchmarks.eager import eager_pooling
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+PLACES = 3  # in memory, that the rounds of a case go through: which pages a tensor lies in changes a figure by a third
 
 
 @dataclasses.dataclass
 class Case:
-    """States ``[B, L, d]`` with their masks, and what pools them."""
+    """States ``[B, L, d]`` with their masks, the same in every place, and what pools them."""
 
-    states: list
+    places: list
     alpha: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor
@@ -37,17 +39,18 @@ class Case:
         position = torch.arange(length)
         attention_mask = position < lengths[:, None]
         response_mask = attention_mask & (position >= lengths[:, None] // 3)
-        shape = batch, length, width
+        drawn = torch.randn(depths, batch, length, width, generator=generator).to(device, dtype)
         return cls(
-            [
-                torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
-                for _ in range(depths)
-            ],
+            [[x.clone().requires_grad_() for x in drawn] for _ in range(PLACES)],
             torch.softmax(torch.randn(batch, depths, generator=generator), dim=1).to(device, dtype),
             (torch.randn(width, generator=generator) / width**0.5).to(device, dtype),
             torch.zeros(1, device=device, dtype=dtype),
             (attention_mask.to(device), response_mask.to(device)),
         )
+
+    @property
+    def states(self):
+        return self.places[0]
 
     @property
     def tokens(self):
@@ -60,16 +63,16 @@ class Case:
         return len(self.states) * self.tokens * first.shape[-1] * first.element_size()
 
     def sides(self):
-        """What each side computes, and the states it has its gradients of; ours take the same memory as ``[T, d]``."""
+        """What each side computes of states, and the states in each place; ours take the same memory as ``[T, d]``."""
         layout = ak.SequenceLayout.padded(*self.masks)
-        flat = [x.detach().flatten(0, 1).requires_grad_() for x in self.states]
+        flat = [[x.detach().flatten(0, 1).requires_grad_() for x in states] for states in self.places]
         others = self.alpha, self.weight, self.bias
         torch._dynamo.reset()  # else the second case's shapes would be compiled as symbols
         compiled = torch.compile(eager_pooling, dynamic=False)
         return {
-            "adajudge_kernels": (lambda: ak.multi_view_pool(flat, *others, layout), flat),
-            "eager": (lambda: eager_pooling(self.states, *others, *self.masks), self.states),
-            "torch.compile": (lambda: compiled(self.states, *others, *self.masks), self.states),
+            "adajudge_kernels": (lambda states: ak.multi_view_pool(states, *others, layout), flat),
+            "eager": (lambda states: eager_pooling(states, *others, *self.masks), self.places),
+            "torch.compile": (lambda states: compiled(states, *others, *self.masks), self.places),
         }
 
     def exact(self, gradients):
@@ -100,43 +103,45 @@ def drawn(*key):
 
 
 def measure(benchmark, group, key, side, backward, synchronise, timed_reading):
-    case, all_sides = drawn(*key)
-    dtype, states = case.states[0].dtype, case.states
-    pool, leaves = all_sides[side]
+    case, sides_of_case = drawn(*key)
+    dtype, places = case.states[0].dtype, itertools.cycle(range(PLACES))
 
-    def run(pool=pool, leaves=leaves):
+    def run(place, side=side):
+        pool, states = sides_of_case[side]
         with torch.set_grad_enabled(backward):
-            views = pool()
-        gradients = state_gradients(leaves, views) if backward else []
+            views = pool(states[place])
+        gradients = state_gradients(states[place], views) if backward else []
         synchronise()
         return views, gradients
 
     def between_rounds():
         """Memory's speed changes within seconds: the limit and our side are timed beside every round of another."""
-        readings.append(timed_reading(states))
+        place = next(places)
+        readings.append(timed_reading(case.places[place]))
         if side != "adajudge_kernels":
             started = time.perf_counter()
-            run(*all_sides["adajudge_kernels"])
+            run(place, "adajudge_kernels")
             ours.append(time.perf_counter() - started)
+        return (place,), {}
 
-    for found, expected in zip(run(), case.exact(backward), strict=True):
+    for found, expected in zip(run(0), case.exact(backward), strict=True):
         for x, y in zip(found, expected, strict=True):
             bound = TOLERANCE[dtype] * max(1.0, float(y.detach().abs().max()))
             assert float((x - y.view_as(x)).detach().abs().max()) <= bound, side
     benchmark.group = group + (" forward + backward" if backward else " forward")
     readings, ours = [], []
-    benchmark.pedantic(run, setup=between_rounds, rounds=9 if backward else 15, warmup_rounds=2)
+    benchmark.pedantic(run, setup=between_rounds, rounds=12 if backward else 18, warmup_rounds=PLACES)
     if ours:
-        benchmark.extra_info["adajudge_kernels_seconds"] = statistics.median(ours[2:])
-    bandwidth = sum(x.nbytes for x in states) / statistics.median(readings[2:])
+        benchmark.extra_info["adajudge_kernels_seconds"] = statistics.median(ours[PLACES:])
+    bandwidth = sum(x.nbytes for x in case.states) / statistics.median(readings[PLACES:])
     seconds, moved = benchmark.stats.stats.median, case.useful_bytes * (3 if backward else 1)
-    batch, length, width = states[0].shape
+    batch, length, width = case.states[0].shape
     benchmark.extra_info.update(
-        device=str(states[0].device),
+        device=str(case.states[0].device),
         threads=torch.get_num_threads(),
         dtype=str(dtype),
-        shape=f"B={batch} L={length} d={width} K={len(states)}",
-        backend=ak.backends.choose_backend(states[0].device, "pooling").backend,
+        shape=f"B={batch} L={length} d={width} K={len(case.states)}",
+        backend=ak.backends.choose_backend(case.states[0].device, "pooling").backend,
         useful_tokens_per_second=case.tokens / seconds,
         bytes_that_must_move=moved,
         read_bandwidth=bandwidth,

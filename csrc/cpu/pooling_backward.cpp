@@ -48,8 +48,6 @@ struct ScanBackward {
             for_lanes(begin, end, [&](int64_t j, auto n) {
                 Lanes<A> x = load(rows[0] + j, n) * a[0];
                 for (int k = 1; k < depths; ++k) x = multiply_add(load(rows[k] + j, n), a[k], x);
-                if (sizeof(T) == 2 && j % 32 == 0)  // as in the forward
-                    for (int k = 0; k < depths; ++k) __builtin_prefetch(rows[k] + j + d);
                 logit_part = multiply_add(x, load(w + j, n), logit_part);
                 const Lanes<A> centred = x - load(pooled + j, n);
                 dot_part = multiply_add(centred, load(grad + j, n), dot_part);
@@ -79,6 +77,8 @@ struct ScanBackward {
                 const Lanes<A> of_view = multiply_add(load(grad + j, n), betas, load(base + j, n));
                 const Lanes<A> g = multiply_add(load(w + j, n), dlogits, of_view);
                 store(grad_weight + j, multiply_add(load(h + j, n), dlogits, load(grad_weight + j, n)), n);
+                if (j % (64 / sizeof(T)) == 0)  // the next token's line, most often: read while these gradients are written
+                    for (int k = 0; k < depths; ++k) __builtin_prefetch(rows[k] + j + call.features);
                 for (int k = 0; k < depths; ++k) {
                     dots[k] = multiply_add(g, load(rows[k] + j, n), dots[k]);
                     if constexpr (WRITE && STREAM) stream(grad_rows[k] + j, g * a[k], n);
