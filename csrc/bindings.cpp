@@ -6,7 +6,7 @@
 #include <array>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "kernels.h"
 
 namespace py = pybind11;
 using namespace adajudge;

@@ -80,7 +80,7 @@ CASE(experts) {
     for (const auto& [rows, h, h_r] : SIZES) {
         const Arguments given(setting, rows, h, h_r);
         const Buffer reward(given.acc, rows), scores(given.acc, 3 * rows), pi(given.acc, 3 * rows);
-        adajudge::experts(given.call(setting.threads, reward, scores, pi));
+        on::experts(given.call(setting.threads, reward, scores, pi));
         Numbers rewards, all_scores, all_pi;
         for (int64_t b = 0; b < rows; ++b) {
             const Row row(given, b);
@@ -105,7 +105,7 @@ CASE(experts_backward) {
         const Buffer view_in(given.stored, 3 * h * d), router_in(given.stored, h_r * 4 * d), view_in_bias(given.acc, 3 * h),
             view_out(given.acc, 3 * h), view_out_bias(given.acc, 3), router_in_bias(given.acc, h_r),
             router_out(given.acc, 3 * h_r), router_out_bias(given.acc, 3);
-        adajudge::experts_backward({given.call(setting.threads, nullptr, nullptr, nullptr), grad_reward, grad_scores,
+        on::experts_backward({given.call(setting.threads, nullptr, nullptr, nullptr), grad_reward, grad_scores,
                                     grad_pi, {grad_views[0], grad_views[1], grad_views[2], grad_views[3]}, view_in,
                                     router_in, view_in_bias, view_out, view_out_bias, router_in_bias, router_out,
                                     router_out_bias});
@@ -190,7 +190,7 @@ CASE(loss) {
                 for (int v = 0; v < 3; ++v)
                     of_pi[3 * s + v] = 2 * weight * shortfall * (std::log(pi[3 * s + v]) + 1) / sequences;
             }
-            adajudge::loss({acc == Dtype::float64, setting.threads, pairs, optional ? sequences : 0, gamma, temperature,
+            on::loss({acc == Dtype::float64, setting.threads, pairs, optional ? sequences : 0, gamma, temperature,
                             floor, weight, chosen, rejected, optional ? pair_weight.data() : nullptr,
                             optional ? pi.data() : nullptr, loss, d_chosen, optional ? d_weight.data() : nullptr,
                             optional ? d_pi.data() : nullptr});

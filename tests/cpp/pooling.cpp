@@ -102,7 +102,7 @@ void check_views(const Setting& setting, int64_t depths, bool mixed, bool respon
     const int64_t numbers = given.batch * d;
     const Buffer last(given.acc, mixed ? numbers : 0), mean(given.acc, mixed ? numbers : 0);
     const Buffer attention(given.acc, numbers), log_sum_exp(given.acc, given.batch);
-    adajudge::views({dtype, threads, tokens.layout(), d, depths, response_only, given.pointers.data(),
+    on::views({dtype, threads, tokens.layout(), d, depths, response_only, given.pointers.data(),
                      given.if_mixed(given.alpha), given.weight, given.bias, given.if_mixed(last), given.if_mixed(mean),
                      attention, log_sum_exp});
     Numbers lasts, means, attentions, logs;
@@ -155,7 +155,7 @@ void check_views_backward(const Setting& setting, int64_t depths, bool mixed, bo
     std::vector<void*> to;
     for (int64_t k = 0; k < depths; ++k) to.push_back(grads.emplace_back(dtype, slots * d));
     const Buffer grad_alpha(given.acc, mixed ? batch * depths : 0), grad_weight(given.acc, d);
-    adajudge::views_backward({dtype, threads, tokens.layout(), d, depths, response_only, given.if_mixed(grad_last),
+    on::views_backward({dtype, threads, tokens.layout(), d, depths, response_only, given.if_mixed(grad_last),
                               given.if_mixed(grad_mean), grad_attention, given.pointers.data(), given.if_mixed(given.alpha),
                               given.weight, given.bias, attention, log_sum_exp, to.data(), given.if_mixed(grad_alpha),
                               grad_weight});
@@ -175,7 +175,7 @@ CASE(means) {
         void* to[3] = {};
         for (int i = 0; i < 3; ++i)
             if (wanted >> i & 1) to[i] = out.emplace_back(arithmetic_of(dtype), tokens.batch() * d);
-        adajudge::means({dtype, threads, tokens.layout(), d, hidden, to[0], to[1], to[2]});
+        on::means({dtype, threads, tokens.layout(), d, hidden, to[0], to[1], to[2]});
         const Buffer* next = out.data();
         if (to[0]) expect_near("prompt", *next++, mean_of(values, tokens, d, true, false), 8);
         if (to[1]) expect_near("response", *next++, mean_of(values, tokens, d, false, true), 8);
@@ -190,7 +190,7 @@ CASE(depth_weights) {
         const Buffer context = Buffer::random(acc, batch * d), bias = Buffer::random(acc, depths);
         const Buffer weight = Buffer::random(acc, depths * d, 1 / std::sqrt(d)), alpha(acc, batch * depths);
         const Numbers contexts = context.numbers(), weights = weight.numbers();
-        adajudge::depth_weights({acc, batch, d, depths, context, weight, bias, alpha});
+        on::depth_weights({acc, batch, d, depths, context, weight, bias, alpha});
         Numbers expected(batch * depths);
         for (int64_t b = 0; b < batch; ++b) {
             for (int64_t k = 0; k < depths; ++k) {
@@ -222,7 +222,7 @@ CASE(spread_means) {
         }
         const Buffer grad_hidden(dtype, slots * d);
         const auto at = [&](int i) { return given[i] ? given[i]->data() : nullptr; };
-        adajudge::spread_means({dtype, threads, tokens.layout(), d, at(0), at(1), at(2), grad_hidden});
+        on::spread_means({dtype, threads, tokens.layout(), d, at(0), at(1), at(2), grad_hidden});
         expect_near("grad_hidden", grad_hidden, expected, 8);
     }
 }

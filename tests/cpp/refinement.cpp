@@ -12,7 +12,7 @@ CASE(rms_norm) {
         const Buffer x = Buffer::random(setting.dtype, rows * d), update = Buffer::random(setting.dtype, rows * d);
         const Buffer weight = Buffer::random(arithmetic_of(setting.dtype), d);
         const Buffer total(setting.dtype, rows * d), normed(setting.dtype, rows * d);
-        adajudge::rms_norm({setting.dtype, setting.threads, rows, d, eps, x, updated ? update.data() : nullptr, weight,
+        on::rms_norm({setting.dtype, setting.threads, rows, d, eps, x, updated ? update.data() : nullptr, weight,
                             updated ? total.data() : nullptr, normed});
         Numbers sums = x.numbers(), expected(rows * d);
         for (int64_t i = 0; updated && i < rows * d; ++i) sums[i] += update[i];
@@ -35,7 +35,7 @@ CASE(rms_norm_backward) {
         const Buffer u = Buffer::random(setting.dtype, rows * d), weight = Buffer::random(arithmetic_of(setting.dtype), d);
         const Buffer grad_total = Buffer::random(setting.dtype, rows * d), grad_normed = Buffer::random(setting.dtype, rows * d);
         const Buffer grad(setting.dtype, rows * d), grad_weight(arithmetic_of(setting.dtype), d);
-        adajudge::rms_norm_backward({setting.dtype, setting.threads, rows, d, eps, residual ? grad_total.data() : nullptr,
+        on::rms_norm_backward({setting.dtype, setting.threads, rows, d, eps, residual ? grad_total.data() : nullptr,
                                      grad_normed, u, weight, grad, grad_weight});
         const Numbers x = u.numbers(), g = grad_normed.numbers(), w = weight.numbers();
         Numbers expected(rows * d), of_weight(d);
@@ -59,7 +59,7 @@ CASE(rms_norm_backward) {
 CASE(swiglu) {
     const int64_t rows = setting.tokens.roles.size(), f = setting.features;
     const Buffer gate_up = Buffer::random(setting.dtype, rows * 2 * f), out(setting.dtype, rows * f);
-    adajudge::swiglu({setting.dtype, setting.threads, rows, f, gate_up, out});
+    on::swiglu({setting.dtype, setting.threads, rows, f, gate_up, out});
     Numbers expected(rows * f);
     for (int64_t i = 0; i < rows * f; ++i) {
         const int64_t at = i / f * 2 * f + i % f;
@@ -72,7 +72,7 @@ CASE(swiglu_backward) {
     const int64_t rows = setting.tokens.roles.size(), f = setting.features;
     const Buffer gate_up = Buffer::random(setting.dtype, rows * 2 * f), grad = Buffer::random(setting.dtype, rows * f);
     const Buffer grad_gate_up(setting.dtype, rows * 2 * f);
-    adajudge::swiglu_backward({setting.dtype, setting.threads, rows, f, grad, gate_up, grad_gate_up});
+    on::swiglu_backward({setting.dtype, setting.threads, rows, f, grad, gate_up, grad_gate_up});
     Numbers expected(rows * 2 * f);
     for (int64_t i = 0; i < rows * f; ++i) {
         const int64_t at = i / f * 2 * f + i % f;

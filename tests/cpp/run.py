@@ -1,4 +1,6 @@
-"""Builds and runs the C++ test of the CPU kernels: ``python tests/cpp/run.py --sanitize address,undefined --levels plain``.
+"""Builds and runs the C++ test of the kernels: ``python tests/cpp/run.py --sanitize address,undefined --places plain``.
+
+CUDA kernels run too, emulated on the CPU (tests/cuda/emulation), in three schedules of their threads.
 
 CXX, CXXFLAGS and MAX_JOBS as for the module; a cross compiler's program runs under what ``--under`` names.
 """
@@ -15,8 +17,9 @@ sys.path.insert(0, str(ROOT))
 import native_build  # noqa: E402
 
 
-def build(folder: Path, sanitizers: str, levels: list[str]) -> Path:
-    """The test program, its objects in `folder`; of the kernels only `levels`, if any are named."""
+def build(folder: Path, sanitizers: str, places: list[str]) -> Path:
+    """The test program, its objects in `folder`; of the CPU kernels only what `places` need, if any are named."""
+    levels = [place for place in places if not place.startswith("cuda")] or (["plain"] if places else [])
     compiler = native_build.find_compiler() or native_build.stop("there is no C++ compiler")
     sanitized = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"] if sanitizers else []
     ninja = native_build.Ninja(folder)
@@ -25,6 +28,7 @@ def build(folder: Path, sanitizers: str, levels: list[str]) -> Path:
     # What is checked is the kernels: the loops that check them may run fast.
     options = ["-O2", "-fno-sanitize=all"]
     cases = [ninja.object("cxx", source, options) for source in sorted(ROOT.glob("tests/cpp/*.cpp"))]
+    kernels += emulated_objects(ninja)
     # levels.cpp names the kernels of all instruction sets; those left out are never called.
     unresolved = ["-no-pie", "-Wl,--unresolved-symbols=ignore-all"] if levels else []
     options = [*sanitized, "-fopenmp", *unresolved]
@@ -34,19 +38,32 @@ def build(folder: Path, sanitizers: str, levels: list[str]) -> Path:
     return program
 
 
+def emulated_objects(ninja: native_build.Ninja) -> list[Path]:
+    """The CUDA kernels and their launches as C++ for the CPU (tests/cuda/emulation)."""
+    folder = ROOT / "tests/cuda/emulation"
+    options = ["-x", "c++", f"-I{folder}", "-Wno-unknown-pragmas"]
+    return [
+        ninja.object("cxx", folder / "emulation.cpp"),
+        *(ninja.object("cxx", source, options) for source in sorted(ROOT.glob("csrc/*.cu"))),
+    ]
+
+
 def main() -> int:
     """Exit code of the program: 0 where every case agrees."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sanitize", default="", help="sanitizers, e.g. address,undefined")
     parser.add_argument(
-        "--levels", nargs="+", default=[], help="instruction sets, default all that the processor has"
+        "--places",
+        nargs="+",
+        default=[],
+        help="instruction sets, and cuda-forward, cuda-backward, cuda-random; default all that the processor has",
     )
     parser.add_argument("--under", default="", help="an emulator's command")
     parser.add_argument("--folder", type=Path, default=None, help="where it is built, default in build/")
     arguments = parser.parse_args()
     folder = arguments.folder or ROOT / "build" / ("cpp-sanitized" if arguments.sanitize else "cpp")
-    program = build(folder, arguments.sanitize, arguments.levels)
-    return subprocess.run([*shlex.split(arguments.under), program, *arguments.levels], check=False).returncode
+    program = build(folder, arguments.sanitize, arguments.places)
+    return subprocess.run([*shlex.split(arguments.under), program, *arguments.places], check=False).returncode
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-// What the tests of the CPU kernels stand on: numbers in exactly-sized buffers, layouts, comparison with doubles.
+// What the tests of the kernels stand on: where they run, numbers in exactly-sized buffers, layouts, comparison with doubles.
 #pragma once
 
 #include <cmath>
@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "kernels.h"
 
 namespace testing {
 
@@ -271,6 +271,19 @@ struct Setting {
     int64_t features;
     const Tokens& tokens;
 };
+
+// Where the kernels run: an instruction set of this processor, or an emulated CUDA device ("cuda-" and a schedule). False if
+// this processor lacks it.
+bool use_place(const std::string& name);
+std::vector<std::string> places();
+
+// The kernels, where `use_place` says. Raised where CUDA has no such operation.
+struct NotServed {};
+namespace on {
+#define DECLARE(name, Call) void name(const adajudge::Call& call);
+ADAJUDGE_OPERATIONS(DECLARE)
+#undef DECLARE
+}  // namespace on
 
 inline std::string where;  // the case that runs
 inline int failures = 0;

@@ -1,4 +1,5 @@
-// The CPU kernels as the rest of the program sees them: one call structure and one function per operation.
+// The kernels as the rest of the program sees them: one call structure per operation, a function that runs it on the CPU
+// and, of some, one that runs it on a CUDA device.
 //
 // Pointers are to contiguous memory in the order of the dimensions that the comments give; `void*` to numbers stored as
 // the call's Dtype, `real*` to numbers of its arithmetic: double for fp64, else float. Letters: T token slots, B
@@ -6,7 +7,9 @@
 // forward on nothing but that sequence.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <functional>
 
 namespace adajudge {
 
@@ -17,7 +20,7 @@ constexpr int MAX_DEPTHS = 8;
 
 using real = void;  // float or double, as the call's Dtype says
 
-// adajudge_kernels.tables.LayoutTables.
+// adajudge_kernels.tables.LayoutTables. `threads` of every call are the CPU's.
 struct Layout {
     const int8_t* roles;         // [T]
     const int32_t* sequences;    // [B, 8]
@@ -160,19 +163,22 @@ struct Loss {
     real *grad_chosen, *grad_pair_weight, *grad_view_weights;    // as the arguments, or null
 };
 
-#define ADAJUDGE_OPERATIONS(X)              \
+// Those that run on CUDA devices too, and those that do not.
+#define ADAJUDGE_CUDA_OPERATIONS(X)         \
     X(means, Means)                         \
     X(spread_means, SpreadMeans)            \
     X(depth_weights, DepthWeights)          \
     X(views, Views)                         \
-    X(views_backward, ViewsBackward)        \
+    X(views_backward, ViewsBackward)
+#define ADAJUDGE_CPU_OPERATIONS(X)          \
+    X(experts, Experts)                     \
+    X(experts_backward, ExpertsBackward)    \
+    X(loss, Loss)                           \
     X(rms_norm, RmsNorm)                    \
     X(rms_norm_backward, RmsNormBackward)   \
     X(swiglu, Swiglu)                       \
-    X(swiglu_backward, SwigluBackward)      \
-    X(experts, Experts)                     \
-    X(experts_backward, ExpertsBackward)    \
-    X(loss, Loss)
+    X(swiglu_backward, SwigluBackward)
+#define ADAJUDGE_OPERATIONS(X) ADAJUDGE_CUDA_OPERATIONS(X) ADAJUDGE_CPU_OPERATIONS(X)
 
 #define ADAJUDGE_DECLARE(name, Call) void name(const Call& call);
 
@@ -191,6 +197,20 @@ namespace avx512 {
 ADAJUDGE_OPERATIONS(ADAJUDGE_DECLARE)
 }
 #endif
+
+// The same on the current CUDA device, where all pointers but a list of pointers are to its memory, tensors from a multiple
+// of sixteen bytes on. A call returns when its kernels are in the stream's queue; one that cannot be queued throws.
+namespace cuda {
+
+struct Stream {
+    void* handle;                               // cudaStream_t
+    std::function<void*(std::size_t)> memory;   // device memory that is kept until the call's kernels are done
+};
+
+#define ADAJUDGE_DECLARE_CUDA(name, Call) void name(const Call& call, const Stream& stream);
+ADAJUDGE_CUDA_OPERATIONS(ADAJUDGE_DECLARE_CUDA)
+
+}  // namespace cuda
 
 // Names of the instruction sets that this processor has, the fastest first, null at the end.
 const char* const* levels();

@@ -1,0 +1,123 @@
+// Launches of the pooling forward.
+#include "pooling.cuh"
+
+#include "launch.cuh"
+#include "pooling_plans.cuh"
+
+namespace adajudge::cuda {
+namespace {
+
+template <class A>
+void launch_combine(const Stream& stream, const char* operation, const CombineArguments<A>& call) {
+    const dim3 grid(unsigned(call.layout.num_sequences), unsigned(parts(call.features, WARP)));
+    launch(stream, operation, grid, COMBINE_THREADS, COMBINE_THREADS * sizeof(A), combine<A>, call);
+}
+
+template <class T, bool VIEWS>
+void launch_scan(const Stream& stream, const char* operation, const ScanArguments<T>& call) {
+    const RowPlan plan = forward_plan<T>(call.features, call.depths);
+    const dim3 grid(unsigned(call.layout.num_chunks), plan.blocks);
+    const auto scan_with = [&](auto width, auto depths, auto columns) {
+        constexpr int W = width, K = depths, C = columns;
+        const std::size_t shared = sizeof(BlockSums<arithmetic<T>, SCAN_TOKENS<T, C, K>, SCAN_THREADS<W, K> / WARP>);
+        launch(stream, operation, grid, plan.threads, VIEWS ? shared : 0, scan<T, W, C, K, VIEWS>, call);
+    };
+    constexpr std::integral_constant<int, COLUMNS<T>> columns;
+    constexpr std::integral_constant<int, 2 * COLUMNS<T>> twice;
+    const auto scan_of = [&](auto width, auto depths) {
+        if constexpr (DOUBLED<T, width, depths>)
+            if (plan.columns == twice) return scan_with(width, depths, twice);
+        scan_with(width, depths, columns);
+    };
+    if constexpr (VIEWS) {
+        with_kernel<T>(call.features, call.depths, scan_of);
+    } else {
+        with_width<T>(call.features, [&](auto width) { scan_of(width, std::integral_constant<int, 1>{}); });
+    }
+}
+
+}  // namespace
+
+void means(const Means& call, const Stream& stream) {
+    with_dtype(call.dtype, [&](auto stored) {
+        using T = decltype(stored);
+        using A = arithmetic<T>;
+        const int64_t chunk_row = call.layout.num_chunks * call.features;
+        const Scratch<A> sums(stream, {chunk_row, chunk_row});
+        ScanArguments<T> scan{};
+        scan.layout = call.layout;
+        scan.features = int(call.features);
+        scan.depths = 1;
+        scan.reads_prompts = call.prompt || call.all;
+        scan.reads_responses = call.response || call.all;
+        scan.states.of[0] = static_cast<const T*>(call.hidden);
+        scan.prompt_sums = sums[0];
+        scan.response_sums = sums[1];
+        launch_scan<T, false>(stream, "means", scan);
+        CombineArguments<A> combine{};
+        combine.layout = call.layout;
+        combine.features = int(call.features);
+        combine.prompt_sums = sums[0];
+        combine.response_sums = sums[1];
+        combine.prompt = static_cast<A*>(call.prompt);
+        combine.response = static_cast<A*>(call.response);
+        combine.all = static_cast<A*>(call.all);
+        launch_combine(stream, "means", combine);
+    });
+}
+
+void depth_weights(const DepthWeights& call, const Stream& stream) {
+    with_arithmetic(call.dtype, [&](auto number) {
+        using A = decltype(number);
+        const GateArguments<A> arguments{int(call.features), int(call.depths), static_cast<const A*>(call.context),
+                                         static_cast<const A*>(call.weight), static_cast<const A*>(call.bias),
+                                         static_cast<A*>(call.alpha)};
+        launch(stream, "depth_weights", dim3(unsigned(call.num_sequences)), MAX_DEPTHS * WARP, MAX_DEPTHS * sizeof(A),
+               gate<A>, arguments);
+    });
+}
+
+void views(const Views& call, const Stream& stream) {
+    with_dtype(call.dtype, [&](auto stored) {
+        using T = decltype(stored);
+        using A = arithmetic<T>;
+        const int64_t chunks = call.layout.num_chunks, d = call.features;
+        const bool wide = forward_plan<T>(d, call.depths).blocks > 1;
+        const Scratch<A> scratch(stream, {chunks * d, chunks * d, chunks, chunks, wide ? chunks * CHUNK_TOKENS : 0});
+        ScanArguments<T> scan{};
+        scan.layout = call.layout;
+        scan.features = int(d);
+        scan.depths = int(call.depths);
+        scan.states = Tensors<const T>::from(call.states, call.depths);
+        scan.alpha = static_cast<const A*>(call.alpha);
+        scan.weight = static_cast<const A*>(call.weight);
+        scan.bias = static_cast<const A*>(call.bias);
+        scan.reads_prompts = !call.response_only;
+        scan.reads_responses = true;
+        scan.last = static_cast<A*>(call.last);
+        scan.weighted = scratch[0];
+        scan.response_sums = call.alpha ? scratch[1] : nullptr;
+        scan.tops = scratch[2];
+        scan.totals = scratch[3];
+        if (wide) {
+            scan.logits = scratch[4];
+            DotsArguments<T> arguments{call.layout, int(d), int(call.depths), call.response_only, scan.states, scan.alpha,
+                                       scan.weight, nullptr, nullptr, scratch[4], nullptr};
+            launch_dots(stream, "views", arguments);
+        }
+        launch_scan<T, true>(stream, "views", scan);
+        CombineArguments<A> combine{};
+        combine.layout = call.layout;
+        combine.features = int(d);
+        combine.response_sums = scan.response_sums;
+        combine.weighted = scan.weighted;
+        combine.tops = scan.tops;
+        combine.totals = scan.totals;
+        combine.response = static_cast<A*>(call.mean);
+        combine.attention = static_cast<A*>(call.attention);
+        combine.log_sum_exp = static_cast<A*>(call.log_sum_exp);
+        launch_combine(stream, "views", combine);
+    });
+}
+
+}  // namespace adajudge::cuda

@@ -1,0 +1,306 @@
+// Pooling forward. A block scans one chunk of a sequence, its threads side by side over the features, and leaves the
+// chunk's sums; a second kernel combines each sequence's chunks in order. So a sequence's bits depend on nothing else in the
+// batch, nothing is summed by atomics, and nothing of size [T, d] is written.
+#pragma once
+
+#include "block.cuh"
+#include "layout.cuh"
+
+namespace adajudge::cuda {
+
+// At most, of a block that scans: 128 registers a thread, or 255 where K is any number or loads are narrow.
+template <int W, int K>
+constexpr int SCAN_THREADS = W > 1 && K < MAX_DEPTHS ? 512 : 256;
+
+template <class A>
+constexpr A INFINITE = A(INFINITY);
+
+// h = sum_k alpha_k H_k of one token, in the columns of a thread; K = MAX_DEPTHS stands for any number of states.
+template <int K, int W, int C, class T>
+__device__ void mix(const Tensors<const T>& states, int64_t row, const Columns<W, C>& columns, int depths,
+                    const arithmetic<T> (&alpha)[K], arithmetic<T> (&h)[C]) {
+    using A = arithmetic<T>;
+    columns.load(states.of[0] + row, h);
+#pragma unroll
+    for (int c = 0; c < C; ++c) h[c] *= alpha[0];
+#pragma unroll
+    for (int k = 1; k < K; ++k)
+        if (K < MAX_DEPTHS || k < depths) {
+            A x[C];
+            columns.load(states.of[k] + row, x);
+#pragma unroll
+            for (int c = 0; c < C; ++c) h[c] += x[c] * alpha[k];
+        }
+}
+
+template <int K, class A>
+__device__ void load_depth_weights(const A* alpha, int64_t sequence, int depths, A (&to)[K]) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) to[k] = alpha == nullptr ? A(1) : k < depths ? alpha[sequence * depths + k] : A(0);
+}
+
+template <class T>
+struct ScanArguments {
+    using A = arithmetic<T>;
+    Layout layout;
+    int features, depths;
+    bool reads_prompts, reads_responses;  // no other token's states are loaded
+    Tensors<const T> states;
+    const A *alpha, *weight, *bias;  // alpha null: the first state as it is
+    const A* logits;                 // [N * CHUNK_TOKENS] of rows that no block holds whole, else null
+    A* last;                         // [B, d] or null
+    A *prompt_sums, *response_sums;  // [N, d]; the responses' null where nobody wants them
+    A *weighted, *tops, *totals;     // [N, d], [N], [N]: sum of exp(logit - top) h, top, sum of exp(logit - top)
+};
+
+// Tokens that a block works on together: with more, more loads are under way and fewer barriers needed, until registers
+// run out.
+template <class T, int C, int K>
+constexpr int SCAN_TOKENS = K * C * int(sizeof(T)) <= 48 ? 32 / C : K * C * int(sizeof(T)) <= 96 ? 16 / C : 1;
+
+// Grid (chunks, blocks of features: 1 unless the logits are given). VIEWS: the attention view, the response mean, the last
+// row; without: sums of prompts and responses of one state.
+template <class T, int W, int C, int K, bool VIEWS>
+__global__ void __launch_bounds__(SCAN_THREADS<W, K>) scan(ScanArguments<T> call) {
+    using A = arithmetic<T>;
+    constexpr int TOKENS = SCAN_TOKENS<T, C, K>;
+    auto& sums = *static_cast<BlockSums<A, TOKENS, SCAN_THREADS<W, K> / WARP>*>(shared_memory());
+    const int64_t index = blockIdx.x, d = call.features;
+    const Chunk chunk = chunk_at(call.layout, index);
+    const Sequence& s = chunk.sequence;
+    const Columns<W, C> columns(call.features);
+    A alpha[K], w[C], bias = 0;
+    load_depth_weights<K>(call.alpha, chunk.sequence_index, call.depths, alpha);
+    if constexpr (VIEWS) {
+        columns.load(call.weight, w);
+        bias = *call.bias;
+    }
+    A weighted[C] = {}, prompts[C] = {}, responses[C] = {};
+    A top = -INFINITE<A>, total = 0;
+    for (int step = 0; step < chunk.count; step += TOKENS) {
+        A h[TOKENS][C], logits[TOKENS];
+        bool seen[TOKENS], response[TOKENS];
+#pragma unroll
+        for (int t = 0; t < TOKENS; ++t) {
+            const bool valid = step + t < chunk.count;
+            const int slot = s.slot(chunk.begin + step + t);
+            response[t] = valid && call.layout.roles[slot] == RESPONSE;
+            seen[t] = valid && (response[t] ? call.reads_responses : call.reads_prompts);
+            if (seen[t]) {
+                mix<K>(call.states, slot * d, columns, call.depths, alpha, h[t]);
+                if (VIEWS && call.last && slot == s.last_response) columns.store(call.last + chunk.sequence_index * d, h[t]);
+            } else {
+#pragma unroll
+                for (int c = 0; c < C; ++c) h[t][c] = 0;
+            }
+        }
+        if constexpr (VIEWS) {
+            if (call.logits) {
+#pragma unroll
+                for (int t = 0; t < TOKENS; ++t) logits[t] = seen[t] ? call.logits[index * CHUNK_TOKENS + step + t] : A(0);
+            } else {
+#pragma unroll
+                for (int t = 0; t < TOKENS; ++t) {
+                    logits[t] = 0;
+#pragma unroll
+                    for (int c = 0; c < C; ++c) logits[t] += h[t][c] * w[c];
+                }
+                sums.sum(logits, step / TOKENS);
+            }
+            A above = top;
+#pragma unroll
+            for (int t = 0; t < TOKENS; ++t) {
+                logits[t] = seen[t] ? logits[t] + bias : -INFINITE<A>;
+                above = larger(above, logits[t]);
+            }
+            const A safe = above == -INFINITE<A> ? A(0) : above;  // while all logits are -inf
+            const A rescale = exp(top - safe);
+            A betas[TOKENS], beta_sum = 0;
+#pragma unroll
+            for (int t = 0; t < TOKENS; ++t) beta_sum += betas[t] = exp(logits[t] - safe);
+            total = total * rescale + beta_sum;
+            top = above;
+#pragma unroll
+            for (int c = 0; c < C; ++c) {
+                A sum = h[0][c] * betas[0];
+#pragma unroll
+                for (int t = 1; t < TOKENS; ++t) sum += h[t][c] * betas[t];
+                weighted[c] = weighted[c] * rescale + sum;
+            }
+        }
+#pragma unroll
+        for (int c = 0; c < C; ++c) {
+            A prompt_sum = 0, response_sum = 0;
+#pragma unroll
+            for (int t = 0; t < TOKENS; ++t) {
+                response_sum += response[t] ? h[t][c] : A(0);
+                if constexpr (!VIEWS) prompt_sum += response[t] ? A(0) : h[t][c];
+            }
+            responses[c] += response_sum;
+            prompts[c] += prompt_sum;
+        }
+    }
+    if (call.response_sums) columns.store(call.response_sums + index * d, responses);
+    if constexpr (VIEWS) {
+        columns.store(call.weighted + index * d, weighted);
+        if (blockIdx.y == 0 && threadIdx.x == 0) {
+            call.tops[index] = top;
+            call.totals[index] = total;
+        }
+    } else {
+        columns.store(call.prompt_sums + index * d, prompts);
+    }
+}
+
+// -- Sequences from their chunks --------------------------------------------------------------------------------
+
+constexpr int COMBINE_ROWS = 8;                            // chunks that a block reads at a time
+constexpr int COMBINE_THREADS = COMBINE_ROWS * WARP;       // a warp for each, a lane for each of 32 columns
+
+// Sum over i of share(i) * rows[i][column], i from 0 to `count`: each warp adds every eighth row, then the warps' sums are
+// added in order. Valid in the first warp. All threads of the block call it.
+template <class A, class Share>
+__device__ A sum_of_rows(const A* rows, int64_t count, int64_t d, int column, Share share, A (&parts)[COMBINE_ROWS][WARP]) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    A sum = 0;
+    if (column < d) {
+#pragma unroll 4
+        for (int64_t i = warp; i < count; i += COMBINE_ROWS) sum += share(i) * rows[i * d + column];
+    }
+    __syncthreads();  // `parts` may still be read from the sum before
+    parts[warp][lane] = sum;
+    __syncthreads();
+    sum = 0;
+#pragma unroll
+    for (int i = 0; i < COMBINE_ROWS; ++i) sum += parts[i][lane];
+    return sum;
+}
+
+template <class A>
+struct CombineArguments {
+    Layout layout;
+    int features;
+    const A *prompt_sums, *response_sums, *weighted, *tops, *totals;  // as `scan` wrote them; null where not wanted
+    A *prompt, *response, *all, *attention, *log_sum_exp;             // [B, d] or null; [B]
+};
+
+// Grid (B, blocks of 32 features).
+template <class A>
+__global__ void __launch_bounds__(COMBINE_THREADS) combine(CombineArguments<A> call) {
+    auto& parts = *static_cast<A(*)[COMBINE_ROWS][WARP]>(shared_memory());
+    const int64_t b = blockIdx.x, d = call.features;
+    const int lane = threadIdx.x % WARP, column = blockIdx.y * WARP + lane;
+    const Sequence s = sequence_at(call.layout, b);
+    const int64_t first = s.first_chunk, count = s.chunks(), out = b * d + column;
+    const bool writes = threadIdx.x < WARP && column < d;
+    const auto evenly = [](int64_t) { return A(1); };
+    A prompts = 0, responses = 0;
+    if (call.prompt_sums) prompts = sum_of_rows(call.prompt_sums + first * d, count, d, column, evenly, parts);
+    if (call.response_sums) responses = sum_of_rows(call.response_sums + first * d, count, d, column, evenly, parts);
+    if (writes) {
+        if (call.prompt) call.prompt[out] = prompts / A(s.prompts > 0 ? s.prompts : 1);
+        if (call.response) call.response[out] = responses / A(s.responses);
+        if (call.all) call.all[out] = (prompts + responses) / A(s.prompts + s.responses);
+    }
+    if (call.attention) {
+        const A *tops = call.tops + first, *totals = call.totals + first;
+        A top = -INFINITE<A>, total = 0;
+        for (int64_t i = lane; i < count; i += WARP) top = larger(top, tops[i]);
+        top = warp_max(top);
+        const A safe = top == -INFINITE<A> ? A(0) : top;
+        for (int64_t i = lane; i < count; i += WARP) total += totals[i] * exp(tops[i] - safe);
+        total = warp_sum(total);
+        const auto share = [&](int64_t i) { return exp(tops[i] - safe); };
+        const A weighted = sum_of_rows(call.weighted + first * d, count, d, column, share, parts);
+        if (writes) call.attention[out] = weighted / total;
+        if (blockIdx.y == 0 && threadIdx.x == 0) call.log_sum_exp[b] = top + log(total);
+    }
+}
+
+template <class A>
+struct GateArguments {
+    int features, depths;
+    const A *context, *weight, *bias;  // [B, d], [K, d], [K]
+    A* alpha;                          // [B, K]
+};
+
+// alpha = softmax(W c + b): a warp for each logit. Grid (B).
+template <class A>
+__global__ void __launch_bounds__(MAX_DEPTHS* WARP) gate(GateArguments<A> call) {
+    A* logits = static_cast<A*>(shared_memory());
+    const int64_t b = blockIdx.x, d = call.features;
+    const int k = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    if (k < call.depths) {
+        A logit = 0;
+        for (int64_t j = lane; j < d; j += WARP) logit += call.weight[k * d + j] * call.context[b * d + j];
+        logit = warp_sum(logit);
+        if (lane == 0) logits[k] = logit + call.bias[k];
+    }
+    __syncthreads();
+    A top = logits[0], total = 0;
+    for (int i = 1; i < call.depths; ++i) top = larger(top, logits[i]);
+    for (int i = 0; i < call.depths; ++i) total += exp(logits[i] - top);
+    if (int(threadIdx.x) < call.depths) call.alpha[b * call.depths + threadIdx.x] = exp(logits[threadIdx.x] - top) / total;
+}
+
+// -- Rows that no block holds whole ---------------------------------------------------------------------------------
+
+template <class T>
+struct DotsArguments {
+    using A = arithmetic<T>;
+    Layout layout;
+    int features, depths;
+    bool response_only;
+    Tensors<const T> states;
+    const A *alpha, *weight;
+    const A *grad, *pooled;  // [B, d], null in the forward
+    A *logits, *grad_dots;   // [N * CHUNK_TOKENS]: w . h, and in the backward g_A . (h - z_A)
+};
+
+constexpr int DOTS_THREADS = 256;
+
+// A warp for each token at a time. Grid (chunks).
+template <class T, int W>
+__global__ void __launch_bounds__(DOTS_THREADS) dots(DotsArguments<T> call) {
+    using A = arithmetic<T>;
+    const int64_t index = blockIdx.x, d = call.features;
+    const Chunk chunk = chunk_at(call.layout, index);
+    const int lane = threadIdx.x % WARP;
+    A alpha[MAX_DEPTHS];
+    load_depth_weights<MAX_DEPTHS>(call.alpha, chunk.sequence_index, call.depths, alpha);
+    for (int t = threadIdx.x / WARP; t < chunk.count; t += DOTS_THREADS / WARP) {
+        const int slot = chunk.sequence.slot(chunk.begin + t);
+        if (call.response_only && call.layout.roles[slot] != RESPONSE) continue;
+        A logit = 0, grad_dot = 0;
+        for (int64_t j = lane * W; j < d; j += WARP * W) {
+            A h[W] = {}, x[W], logit_part = 0, dot_part = 0;
+#pragma unroll
+            for (int k = 0; k < MAX_DEPTHS; ++k)
+                if (k < call.depths) {
+                    load<W>(call.states.of[k] + slot * d + j, x);
+#pragma unroll
+                    for (int n = 0; n < W; ++n) h[n] += x[n] * alpha[k];
+                }
+            load<W>(call.weight + j, x);
+#pragma unroll
+            for (int n = 0; n < W; ++n) logit_part += h[n] * x[n];
+            logit += logit_part;
+            if (call.grad) {
+                A grad[W];
+                load<W>(call.grad + chunk.sequence_index * d + j, grad);
+                load<W>(call.pooled + chunk.sequence_index * d + j, x);
+#pragma unroll
+                for (int n = 0; n < W; ++n) dot_part += (h[n] - x[n]) * grad[n];
+                grad_dot += dot_part;
+            }
+        }
+        logit = warp_sum(logit);
+        if (call.grad) grad_dot = warp_sum(grad_dot);
+        if (lane == 0) {
+            call.logits[index * CHUNK_TOKENS + t] = logit;
+            if (call.grad) call.grad_dots[index * CHUNK_TOKENS + t] = grad_dot;
+        }
+    }
+}
+
+}  // namespace adajudge::cuda

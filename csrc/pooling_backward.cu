@@ -1,0 +1,112 @@
+// Launches of the pooling backward.
+#include "pooling_backward.cuh"
+
+#include "launch.cuh"
+#include "pooling_plans.cuh"
+
+namespace adajudge::cuda {
+namespace {
+
+template <class T>
+void launch_zero_padding(const Stream& stream, const char* operation, const Layout& layout, int64_t d, int64_t count,
+                         const Tensors<T>& outputs) {
+    const ZeroArguments<T> call{layout.roles, layout.num_tokens, int(d), int(count), outputs};
+    const dim3 grid(unsigned(parts(layout.num_tokens, ZERO_THREADS / WARP)));
+    with_width<T>(d, [&](auto width) { launch(stream, operation, grid, ZERO_THREADS, 0, zero_padding<T, width>, call); });
+}
+
+// Narrow blocks for kernels that read little: many blocks share a row.
+template <class T, class Kernel, class Arguments>
+void launch_spread(const Stream& stream, const char* operation, int width, Kernel kernel, const Arguments& call) {
+    const dim3 grid(unsigned(call.layout.num_group_chunks), unsigned(parts(call.features, SPREAD_THREADS * width)));
+    launch(stream, operation, grid, SPREAD_THREADS, 0, kernel, call);
+}
+
+template <class T>
+void launch_scan_backward(const Stream& stream, const RowPlan& plan, const ScanBackwardArguments<T>& call) {
+    with_kernel<T>(call.features, call.depths, [&](auto width, auto depths) {
+        constexpr int W = width, K = depths, C = COLUMNS<T>;
+        using A = arithmetic<T>;
+        const std::size_t shared = sizeof(BlockSums<A, 2 * BACKWARD_TOKENS<T, C, K>, SCAN_THREADS<W, K> / WARP>) +
+                                   sizeof(BlockSums<A, MAX_DEPTHS, SCAN_THREADS<W, K> / WARP>);
+        launch(stream, "views_backward", dim3(unsigned(call.layout.num_chunks), plan.blocks), plan.threads, shared,
+               scan_backward<T, W, C, K>, call);
+    });
+}
+
+}  // namespace
+
+void spread_means(const SpreadMeans& call, const Stream& stream) {
+    with_dtype(call.dtype, [&](auto stored) {
+        using T = decltype(stored);
+        using A = arithmetic<T>;
+        const SpreadMeansArguments<T> arguments{call.layout, int(call.features), static_cast<const A*>(call.prompt),
+                                                static_cast<const A*>(call.response), static_cast<const A*>(call.all),
+                                                static_cast<T*>(call.grad_hidden)};
+        with_width<T>(call.features, [&](auto width) {
+            launch_spread<T>(stream, "spread_means", width, spread_means<T, width>, arguments);
+        });
+        launch_zero_padding(stream, "spread_means", call.layout, call.features, 1, Tensors<T>{{arguments.grad_hidden}});
+    });
+}
+
+void views_backward(const ViewsBackward& call, const Stream& stream) {
+    with_dtype(call.dtype, [&](auto stored) {
+        using T = decltype(stored);
+        using A = arithmetic<T>;
+        const Layout& layout = call.layout;
+        const int64_t chunks = layout.num_chunks, d = call.features, depths = call.depths;
+        const bool shared = layout.num_groups != layout.num_sequences;
+        const RowPlan plan = backward_plan<T>(d, depths);
+        const bool wide = plan.blocks > 1;
+        const int64_t per_token = chunks * CHUNK_TOKENS;
+        const Scratch<A> scratch(stream, {shared ? per_token : 0, shared ? per_token : 0, wide ? per_token : 0,
+                                          wide ? per_token : 0, chunks * plan.blocks * depths, chunks * d});
+        ScanBackwardArguments<T> scan{};
+        scan.layout = layout;
+        scan.features = int(d);
+        scan.depths = int(depths);
+        scan.response_only = call.response_only;
+        scan.shared = shared;
+        scan.states = Tensors<const T>::from(call.states, depths);
+        scan.grad_states = Tensors<T>::from(call.grad_states, depths);
+        scan.alpha = static_cast<const A*>(call.alpha);
+        scan.weight = static_cast<const A*>(call.weight);
+        scan.bias = static_cast<const A*>(call.bias);
+        scan.grad_last = static_cast<const A*>(call.grad_last);
+        scan.grad_mean = static_cast<const A*>(call.grad_mean);
+        scan.grad_attention = static_cast<const A*>(call.grad_attention);
+        scan.pooled = static_cast<const A*>(call.attention);
+        scan.log_sum_exp = static_cast<const A*>(call.log_sum_exp);
+        scan.betas = scratch[0];
+        scan.grad_logits = scratch[1];
+        scan.grad_alpha_parts = scratch[4];
+        scan.grad_weight_parts = scratch[5];
+        if (wide) {
+            scan.logits = scratch[2];
+            scan.grad_dots = scratch[3];
+            const DotsArguments<T> arguments{layout, int(d), int(depths), call.response_only, scan.states, scan.alpha,
+                                             scan.weight, scan.grad_attention, scan.pooled, scratch[2], scratch[3]};
+            launch_dots(stream, "views_backward", arguments);
+        }
+        launch_scan_backward(stream, plan, scan);
+        if (shared) {
+            const SpreadAttentionArguments<T> arguments{layout, int(d), int(depths), scan.grad_states, scan.alpha,
+                                                        scan.weight, scan.grad_attention, scan.betas, scan.grad_logits};
+            with_width<T>(d, [&](auto width) {
+                launch_spread<T>(stream, "views_backward", width, spread_attention<T, width>, arguments);
+            });
+        } else {
+            launch_zero_padding(stream, "views_backward", layout, d, depths, scan.grad_states);
+        }
+        launch(stream, "views_backward", dim3(unsigned(parts(d, WARP))), COMBINE_THREADS, COMBINE_THREADS * sizeof(A),
+               add_rows<A>, static_cast<const A*>(scan.grad_weight_parts), chunks, d, static_cast<A*>(call.grad_weight));
+        if (call.grad_alpha) {
+            const SumAlphaArguments<A> arguments{layout, int(depths), int(plan.blocks), scan.grad_alpha_parts,
+                                                 static_cast<A*>(call.grad_alpha)};
+            launch(stream, "views_backward", dim3(unsigned(layout.num_sequences)), WARP, 0, sum_alpha_parts<A>, arguments);
+        }
+    });
+}
+
+}  // namespace adajudge::cuda

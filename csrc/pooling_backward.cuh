@@ -1,0 +1,279 @@
+// Pooling backward. A block goes over one chunk as the forward does, recomputes what the forward did not keep, and writes its
+// tokens' gradients, and its part of those that are sums over tokens, which small kernels add up in order.
+#pragma once
+
+#include "pooling.cuh"
+
+namespace adajudge::cuda {
+
+template <class T>
+struct ScanBackwardArguments {
+    using A = arithmetic<T>;
+    Layout layout;
+    int features, depths;
+    bool response_only, shared;      // shared: gradients of prompt tokens are left to `spread_attention`
+    Tensors<const T> states;
+    Tensors<T> grad_states;
+    const A *alpha, *weight, *bias;  // alpha null: one state as it is, and no views but attention
+    const A *logits, *grad_dots;     // [N * CHUNK_TOKENS] of rows that no block holds whole, else null
+    const A *grad_last, *grad_mean, *grad_attention, *pooled, *log_sum_exp;
+    A *betas, *grad_logits;          // [N * CHUNK_TOKENS] where prompts are shared
+    A *grad_alpha_parts;             // [N, blocks of features, K]
+    A *grad_weight_parts;            // [N, d]
+};
+
+// Tokens that a block works on together.
+template <class T, int C, int K>
+constexpr int BACKWARD_TOKENS = K * C * int(sizeof(T)) <= 48 ? 2 : 1;
+
+// g_t = [t = tau] g_L + m_t / n g_M + beta_t g_A + dlogit_t w with dlogit_t = beta_t (g_A . (h_t - z_A));
+// dH_k,t = alpha_k g_t, dalpha_k = sum_t g_t . H_k,t, dw = sum_t dlogit_t (h_t - z_A): the dlogit of a sequence sum to zero,
+// and so a mean of its states need not cancel. Grid (chunks, blocks of features: 1 unless the logits are given).
+template <class T, int W, int C, int K>
+__global__ void __launch_bounds__(SCAN_THREADS<W, K>) scan_backward(ScanBackwardArguments<T> call) {
+    using A = arithmetic<T>;
+    constexpr int TOKENS = BACKWARD_TOKENS<T, C, K>;
+    struct Shared {
+        BlockSums<A, 2 * TOKENS, SCAN_THREADS<W, K> / WARP> dots;
+        BlockSums<A, MAX_DEPTHS, SCAN_THREADS<W, K> / WARP> grad_alpha;
+    };
+    auto& shared = *static_cast<Shared*>(shared_memory());
+    const int64_t index = blockIdx.x, d = call.features;
+    const Chunk chunk = chunk_at(call.layout, index);
+    const Sequence& s = chunk.sequence;
+    const int64_t b = chunk.sequence_index;
+    const Columns<W, C> columns(call.features);
+    A alpha[K], w[C], grad[C], pooled[C], grad_mean[C] = {}, grad_weight[C] = {}, grad_alpha[MAX_DEPTHS] = {};
+    load_depth_weights<K>(call.alpha, b, call.depths, alpha);
+    columns.load(call.weight, w);
+    columns.load(call.grad_attention + b * d, grad);
+    columns.load(call.pooled + b * d, pooled);
+    if (call.grad_mean) {
+        columns.load(call.grad_mean + b * d, grad_mean);
+#pragma unroll
+        for (int c = 0; c < C; ++c) grad_mean[c] /= A(s.responses);
+    }
+    const A bias = *call.bias, log_sum_exp = call.log_sum_exp[b];
+    for (int step = 0; step < chunk.count; step += TOKENS) {
+        A x[TOKENS][K][C], dots[2 * TOKENS] = {};
+        int64_t rows[TOKENS];
+        bool valid[TOKENS], seen[TOKENS], response[TOKENS];
+#pragma unroll
+        for (int t = 0; t < TOKENS; ++t) {
+            const int slot = s.slot(chunk.begin + step + t);
+            rows[t] = slot * d;
+            valid[t] = step + t < chunk.count;
+            response[t] = valid[t] && call.layout.roles[slot] == RESPONSE;
+            seen[t] = valid[t] && (!call.response_only || response[t]);
+#pragma unroll
+            for (int k = 0; k < K; ++k)
+                if (seen[t] && (K < MAX_DEPTHS || k < call.depths)) {
+                    columns.load(call.states.of[k] + rows[t], x[t][k]);
+                } else {
+#pragma unroll
+                    for (int c = 0; c < C; ++c) x[t][k][c] = 0;
+                }
+        }
+        A centred[TOKENS][C];  // h - z_A
+#pragma unroll
+        for (int t = 0; t < TOKENS; ++t)
+#pragma unroll
+            for (int c = 0; c < C; ++c) {
+                A h = x[t][0][c] * alpha[0];
+#pragma unroll
+                for (int k = 1; k < K; ++k) h += x[t][k][c] * alpha[k];
+                centred[t][c] = h - pooled[c];
+                dots[2 * t] += h * w[c];
+                dots[2 * t + 1] += centred[t][c] * grad[c];
+            }
+        if (call.logits) {
+#pragma unroll
+            for (int t = 0; t < TOKENS; ++t) {
+                const int64_t place = index * CHUNK_TOKENS + step + t;
+                dots[2 * t] = seen[t] ? call.logits[place] : A(0);
+                dots[2 * t + 1] = seen[t] ? call.grad_dots[place] : A(0);
+            }
+        } else {
+            shared.dots.sum(dots, step / TOKENS);
+        }
+#pragma unroll
+        for (int t = 0; t < TOKENS; ++t) {
+            const A beta = seen[t] ? exp(dots[2 * t] + bias - log_sum_exp) : A(0);
+            const A grad_logit = seen[t] ? beta * dots[2 * t + 1] : A(0);
+            A g[C];
+#pragma unroll
+            for (int c = 0; c < C; ++c) {
+                g[c] = (response[t] ? grad_mean[c] : A(0)) + (seen[t] ? beta * grad[c] + grad_logit * w[c] : A(0));
+                if (seen[t]) grad_weight[c] += grad_logit * centred[t][c];
+            }
+            if (call.grad_last && valid[t] && s.slot(chunk.begin + step + t) == s.last_response) {
+                A grad_last[C];
+                columns.load(call.grad_last + b * d, grad_last);
+#pragma unroll
+                for (int c = 0; c < C; ++c) g[c] += grad_last[c];
+            }
+            const bool own = valid[t] && (!call.shared || chunk.begin + step + t >= s.first());
+#pragma unroll
+            for (int k = 0; k < K; ++k)
+                if (K < MAX_DEPTHS || k < call.depths) {
+                    A grad_state[C];
+#pragma unroll
+                    for (int c = 0; c < C; ++c) {
+                        grad_alpha[k] += g[c] * x[t][k][c];
+                        grad_state[c] = g[c] * alpha[k];
+                    }
+                    if (own) columns.store(call.grad_states.of[k] + rows[t], grad_state);
+                }
+            if (call.shared && valid[t] && blockIdx.y == 0 && threadIdx.x == 0) {
+                call.betas[index * CHUNK_TOKENS + step + t] = beta;
+                call.grad_logits[index * CHUNK_TOKENS + step + t] = grad_logit;
+            }
+        }
+    }
+    columns.store(call.grad_weight_parts + index * d, grad_weight);
+    if (call.alpha) {
+        shared.grad_alpha.sum(grad_alpha, 0);
+        A* parts = call.grad_alpha_parts + (index * gridDim.y + blockIdx.y) * call.depths;
+#pragma unroll
+        for (int k = 0; k < MAX_DEPTHS; ++k)
+            if (int(threadIdx.x) == k && k < call.depths) parts[k] = grad_alpha[k];
+    }
+}
+
+template <class A>
+struct SumAlphaArguments {
+    Layout layout;
+    int depths, blocks;  // blocks of features that a chunk has parts of
+    const A* parts;
+    A* grad_alpha;  // [B, K]
+};
+
+// Depth weights' gradient of a sequence: a warp adds its chunks' parts. Grid (B).
+template <class A>
+__global__ void __launch_bounds__(WARP) sum_alpha_parts(SumAlphaArguments<A> call) {
+    const Sequence s = sequence_at(call.layout, blockIdx.x);
+    const int64_t first = int64_t(s.first_chunk) * call.blocks, count = int64_t(s.chunks()) * call.blocks;
+    for (int k = 0; k < call.depths; ++k) {
+        A sum = 0;
+        for (int64_t i = threadIdx.x; i < count; i += WARP) sum += call.parts[(first + i) * call.depths + k];
+        sum = warp_sum(sum);
+        if (threadIdx.x == 0) call.grad_alpha[blockIdx.x * int64_t(call.depths) + k] = sum;
+    }
+}
+
+// out = the sum of `count` rows [count, d]. Grid (blocks of 32 features).
+template <class A>
+__global__ void __launch_bounds__(COMBINE_THREADS) add_rows(const A* rows, int64_t count, int64_t d, A* out) {
+    auto& parts = *static_cast<A(*)[COMBINE_ROWS][WARP]>(shared_memory());
+    const int column = blockIdx.x * WARP + threadIdx.x % WARP;
+    const A sum = sum_of_rows(rows, count, d, column, [](int64_t) { return A(1); }, parts);
+    if (threadIdx.x < WARP && column < d) out[column] = sum;
+}
+
+constexpr int SPREAD_THREADS = 128;
+
+template <class T>
+struct SpreadMeansArguments {
+    using A = arithmetic<T>;
+    Layout layout;
+    int features;
+    const A *prompt, *response, *all;  // [B, d] or null
+    T* grad_hidden;
+};
+
+// Gradient of means: every token gets its readers' shares, in their order. Grid (chunks of groups, blocks of features).
+template <class T, int W>
+__global__ void __launch_bounds__(SPREAD_THREADS) spread_means(SpreadMeansArguments<T> call) {
+    using A = arithmetic<T>;
+    const int64_t d = call.features;
+    const GroupChunk piece = group_chunk_at(call.layout, blockIdx.x);
+    const Columns<W, W> columns(call.features);
+    A prompts[W] = {}, responses[W] = {}, grad[W];
+    for (int64_t b = piece.first_reader; b < piece.first_reader + piece.readers; ++b) {
+        const Sequence s = sequence_at(call.layout, b);
+        const auto add = [&](const A* means, int count, bool to_prompts, bool to_responses) {
+            if (!means || !count) return;
+            columns.load(means + b * d, grad);
+#pragma unroll
+            for (int n = 0; n < W; ++n) {
+                grad[n] /= A(count);
+                if (to_prompts) prompts[n] += grad[n];
+                if (to_responses) responses[n] += grad[n];
+            }
+        };
+        add(call.all, s.prompts + s.responses, true, true);
+        add(call.prompt, s.prompts, true, false);
+        add(call.response, s.responses, false, true);
+    }
+    for (int t = 0; t < piece.count; ++t) {
+        const int slot = piece.start + piece.begin + t;
+        columns.store(call.grad_hidden + slot * d, call.layout.roles[slot] == RESPONSE ? responses : prompts);
+    }
+}
+
+template <class T>
+struct SpreadAttentionArguments {
+    using A = arithmetic<T>;
+    Layout layout;
+    int features, depths;
+    Tensors<T> grad_states;
+    const A *alpha, *weight, *grad_attention, *betas, *grad_logits;
+};
+
+// Gradient of shared prompt tokens: dH_k,t = sum_b alpha_bk (beta_bt g_A,b + dlogit_bt w) over the candidates that read the
+// token, in their order. Needs no states. Grid (chunks of groups, blocks of features).
+template <class T, int W>
+__global__ void __launch_bounds__(SPREAD_THREADS) spread_attention(SpreadAttentionArguments<T> call) {
+    using A = arithmetic<T>;
+    // Groups are the prompts, then a response each, which has its gradient already.
+    const int64_t prompts = call.layout.num_groups - call.layout.num_sequences, d = call.features;
+    if (call.layout.group_chunks[blockIdx.x] >= prompts) return;
+    const GroupChunk piece = group_chunk_at(call.layout, blockIdx.x);
+    const Columns<W, W> columns(call.features);
+    A w[W];
+    columns.load(call.weight, w);
+    for (int t = 0; t < piece.count; ++t) {
+        const int64_t row = (piece.start + piece.begin + t) * d;
+        A total[MAX_DEPTHS][W] = {};
+        for (int64_t b = piece.first_reader; b < piece.first_reader + piece.readers; ++b) {
+            const int64_t chunk = call.layout.sequences[8 * b + 7], place = chunk * CHUNK_TOKENS + piece.begin + t;
+            const A beta = call.betas[place], grad_logit = call.grad_logits[place];
+            A grad[W];
+            columns.load(call.grad_attention + b * d, grad);
+#pragma unroll
+            for (int k = 0; k < MAX_DEPTHS; ++k)
+                if (k < call.depths) {
+                    const A alpha = call.alpha ? call.alpha[b * call.depths + k] : A(1);
+#pragma unroll
+                    for (int n = 0; n < W; ++n) total[k][n] += alpha * (beta * grad[n] + grad_logit * w[n]);
+                }
+        }
+#pragma unroll
+        for (int k = 0; k < MAX_DEPTHS; ++k)
+            if (k < call.depths) columns.store(call.grad_states.of[k] + row, total[k]);
+    }
+}
+
+constexpr int ZERO_THREADS = 256;
+
+template <class T>
+struct ZeroArguments {
+    const int8_t* roles;
+    int64_t tokens;
+    int features, count;
+    Tensors<T> outputs;  // `count` of them
+};
+
+// Zeros in the rows of padding, a warp for each token. Grid (groups of eight tokens).
+template <class T, int W>
+__global__ void __launch_bounds__(ZERO_THREADS) zero_padding(ZeroArguments<T> call) {
+    const int64_t t = int64_t(blockIdx.x) * (ZERO_THREADS / WARP) + threadIdx.x / WARP, d = call.features;
+    if (t >= call.tokens || call.roles[t] != PADDING) return;
+    const arithmetic<T> zeros[W] = {};
+#pragma unroll
+    for (int k = 0; k < MAX_DEPTHS; ++k)
+        if (k < call.count)
+            for (int64_t j = (threadIdx.x % WARP) * W; j < d; j += WARP * W) store<W>(call.outputs.of[k] + t * d + j, zeros);
+}
+
+}  // namespace adajudge::cuda

@@ -1,0 +1,111 @@
+// Numbers as states store them, sixteen bytes at a time, and the arithmetic they take part in.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace adajudge::cuda {
+
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+// What numbers stored as T are computed in.
+template <class T>
+using arithmetic = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+__device__ inline double widened(double x) { return x; }
+__device__ inline float widened(float x) { return x; }
+__device__ inline float widened(bf16 x) { return __bfloat162float(x); }
+__device__ inline float widened(fp16 x) { return __half2float(x); }
+
+// Rounded to nearest even.
+template <class T>
+__device__ T narrowed(arithmetic<T> x) {
+    if constexpr (std::is_same_v<T, bf16>) return __float2bfloat16_rn(x);
+    else if constexpr (std::is_same_v<T, fp16>) return __float2half_rn(x);
+    else return x;
+}
+
+// How many numbers of type T a thread loads at once: sixteen bytes of them, or one where rows do not consist of such.
+template <class T>
+constexpr int FULL_WIDTH = 16 / int(sizeof(T));
+
+// `count` numbers from a multiple of sixteen bytes on, or (count = 1) from anywhere, as arithmetic.
+template <int count, class T>
+__device__ void load(const T* from, arithmetic<T>* to) {
+    if constexpr (count == 1) {
+        to[0] = widened(*from);
+    } else {
+        constexpr int STEP = FULL_WIDTH<T>;
+        static_assert(count % STEP == 0);
+#pragma unroll
+        for (int i = 0; i < count; i += STEP) {
+            const uint4 bits = *reinterpret_cast<const uint4*>(from + i);
+            T numbers[STEP];
+            memcpy(numbers, &bits, sizeof bits);
+#pragma unroll
+            for (int n = 0; n < STEP; ++n) to[i + n] = widened(numbers[n]);
+        }
+    }
+}
+
+template <int count, class T>
+__device__ void store(T* to, const arithmetic<T>* from) {
+    if constexpr (count == 1) {
+        *to = narrowed<T>(from[0]);
+    } else {
+        constexpr int STEP = FULL_WIDTH<T>;
+        static_assert(count % STEP == 0);
+#pragma unroll
+        for (int i = 0; i < count; i += STEP) {
+            T numbers[STEP];
+#pragma unroll
+            for (int n = 0; n < STEP; ++n) numbers[n] = narrowed<T>(from[i + n]);
+            uint4 bits;
+            memcpy(&bits, numbers, sizeof bits);
+            *reinterpret_cast<uint4*>(to + i) = bits;
+        }
+    }
+}
+
+// The C columns of a row that a thread of the block has: W neighbours, then W others a block's width further on, so
+// that neighbouring threads read neighbouring bytes. blockIdx.y counts blocks that share a row.
+template <int W, int C>
+struct Columns {
+    static constexpr int VECTORS = C / W;
+    int first, step, end;  // of the row: its number of features
+
+    __device__ explicit Columns(int features)
+        : first(int(blockIdx.y * blockDim.x * C + threadIdx.x * W)), step(int(blockDim.x) * W), end(features) {}
+
+    __device__ int at(int vector) const { return first + vector * step; }
+    __device__ bool inside(int vector) const { return at(vector) < end; }
+
+    // Those of a row; zeros beyond its end.
+    template <class T>
+    __device__ void load(const T* row, arithmetic<T> (&to)[C]) const {
+#pragma unroll
+        for (int v = 0; v < VECTORS; ++v) {
+            if (inside(v)) {
+                cuda::load<W>(row + at(v), to + v * W);
+            } else {
+#pragma unroll
+                for (int n = 0; n < W; ++n) to[v * W + n] = 0;
+            }
+        }
+    }
+
+    template <class T>
+    __device__ void store(T* row, const arithmetic<T> (&from)[C]) const {
+#pragma unroll
+        for (int v = 0; v < VECTORS; ++v)
+            if (inside(v)) cuda::store<W>(row + at(v), from + v * W);
+    }
+};
+
+}  // namespace adajudge::cuda

@@ -1,0 +1,228 @@
+// Fibers for CUDA threads, and the scheduler that decides which of them goes on.
+#include "emulation.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "context.h"
+#include "cuda_runtime.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+namespace adajudge::cuda {
+constexpr std::size_t MOST_SHARED_BYTES = 227 << 10;                 // that a block of Hopper may have
+alignas(128) uint4 shared_bytes[MOST_SHARED_BYTES / sizeof(uint4)];  // the kernels' `extern __shared__`
+}  // namespace adajudge::cuda
+
+namespace emulation {
+namespace {
+
+constexpr int WARP = 32, MOST_THREADS = 1024;
+constexpr std::size_t STACK = 256 << 10;
+
+enum class State { ready, waits_for_warp, waits_for_block, done };
+
+struct Fiber {
+    Context context;
+    char* stack = nullptr;
+    State state;
+    int exchanges = 0;  // of its warp, so far
+#if defined(__SANITIZE_ADDRESS__)
+    void* fake_stack = nullptr;
+#endif
+};
+
+struct Warp {
+    uint64_t values[2][WARP];  // of exchanges with even and odd numbers: one may be read while the next is written
+    int arrived = 0;
+};
+
+Schedule schedule = Schedule::forward;
+std::mt19937 generator;
+std::string reason;
+
+std::vector<Fiber> fibers(MOST_THREADS);
+Warp warps[MOST_THREADS / WARP];
+Context scheduler;
+const std::function<void()>* body;
+int threads, current, arrived, done;
+std::vector<int> ready;
+
+#if defined(__SANITIZE_ADDRESS__)
+const void* scheduler_stack;
+std::size_t scheduler_stack_size;
+#endif
+
+// From the scheduler to a fiber, until it waits or is done.
+void resume(int index) {
+    Fiber& fiber = fibers[index];
+    current = index;
+    threadIdx = {unsigned(index) % blockDim.x, unsigned(index) / blockDim.x % blockDim.y,
+                 unsigned(index) / (blockDim.x * blockDim.y)};
+#if defined(__SANITIZE_ADDRESS__)
+    void* fake_stack;
+    __sanitizer_start_switch_fiber(&fake_stack, fiber.stack, STACK);
+#endif
+    Context::swap(scheduler, fiber.context);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+#endif
+}
+
+// From the fiber that runs to the scheduler.
+void yield() {
+    Fiber& fiber = fibers[current];
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(fiber.state == State::done ? nullptr : &fiber.fake_stack, scheduler_stack,
+                                   scheduler_stack_size);
+#endif
+    Context::swap(fiber.context, scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(fiber.fake_stack, &scheduler_stack, &scheduler_stack_size);
+#endif
+}
+
+void start() {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
+#endif
+    (*body)();
+    fibers[current].state = State::done;
+    ++done;
+    yield();
+}
+
+void make_ready(int first, int last, State waiting) {
+    for (int i = first; i < last; ++i)
+        if (fibers[i].state == waiting) {
+            fibers[i].state = State::ready;
+            ready.push_back(i);
+        }
+}
+
+int take_ready() {
+    auto chosen = ready.begin();
+    if (schedule == Schedule::forward) chosen = std::min_element(ready.begin(), ready.end());
+    if (schedule == Schedule::backward) chosen = std::max_element(ready.begin(), ready.end());
+    if (schedule == Schedule::random) chosen += generator() % ready.size();
+    const int index = *chosen;
+    *chosen = ready.back();
+    ready.pop_back();
+    return index;
+}
+
+bool run_block() {
+    arrived = done = 0;
+    ready.clear();
+    for (Warp& warp : warps) warp.arrived = 0;
+    for (int i = 0; i < threads; ++i) {
+        Fiber& fiber = fibers[i];
+        if (!fiber.stack)
+            fiber.stack = static_cast<char*>(
+                mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+        fiber.context.start_at(start, fiber.stack, STACK);
+        fiber.exchanges = 0;
+        fiber.state = State::ready;
+        ready.push_back(i);
+    }
+    while (!ready.empty()) resume(take_ready());
+    if (done == threads) return true;
+    const auto waiting = [](State state) {
+        return std::count_if(fibers.begin(), fibers.begin() + threads, [=](const Fiber& f) { return f.state == state; });
+    };
+    reason = "block " + std::to_string(blockIdx.x) + ": " + std::to_string(waiting(State::waits_for_block)) +
+             " threads wait at a barrier and " + std::to_string(waiting(State::waits_for_warp)) +
+             " at a shuffle that others never reach";
+    return false;
+}
+
+}  // namespace
+
+int lane() { return current % WARP; }
+
+void wait_for_block() {
+    if (++arrived == threads) {
+        arrived = 0;
+        make_ready(0, threads, State::waits_for_block);
+        fibers[current].state = State::ready;
+        ready.push_back(current);
+    } else {
+        fibers[current].state = State::waits_for_block;
+    }
+    yield();
+}
+
+uint64_t exchange(uint64_t value, int from) {
+    const int index = current / WARP, first = index * WARP, last = std::min(first + WARP, threads);
+    Warp& warp = warps[index];
+    auto& values = warp.values[fibers[current].exchanges++ % 2];
+    values[current - first] = value;
+    if (++warp.arrived == last - first) {
+        warp.arrived = 0;
+        make_ready(first, last, State::waits_for_warp);
+    } else {
+        fibers[current].state = State::waits_for_warp;
+        yield();
+    }
+    return values[from];
+}
+
+cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) {
+    using adajudge::cuda::shared_bytes;
+    body = &kernel;
+    gridDim = config.gridDim;
+    blockDim = config.blockDim;
+    threads = blockDim.x * blockDim.y * blockDim.z;
+    const uint64_t blocks = uint64_t(gridDim.x) * gridDim.y * gridDim.z;
+    reason = "";
+    if (!threads || threads > MOST_THREADS || !blocks || gridDim.y > 65535 || gridDim.z > 65535 ||
+        config.dynamicSmemBytes > sizeof shared_bytes) {
+        reason = "this grid or this block is too large or empty";
+        return cudaErrorInvalidValue;
+    }
+    std::vector<uint64_t> order(blocks);
+    std::iota(order.begin(), order.end(), 0);
+    if (schedule == Schedule::backward) std::reverse(order.begin(), order.end());
+    if (schedule == Schedule::random) std::shuffle(order.begin(), order.end(), generator);
+    bool fine = true;
+    for (uint64_t block : order) {
+        blockIdx = {unsigned(block % gridDim.x), unsigned(block / gridDim.x % gridDim.y),
+                    unsigned(block / gridDim.x / gridDim.y)};
+        std::memset(shared_bytes, 0xff, config.dynamicSmemBytes);
+#if defined(__SANITIZE_ADDRESS__)
+        char* end = reinterpret_cast<char*>(shared_bytes) + config.dynamicSmemBytes;
+        const std::size_t rest = sizeof shared_bytes - config.dynamicSmemBytes;
+        __asan_poison_memory_region(end, rest);
+#endif
+        fine = fine && run_block();
+#if defined(__SANITIZE_ADDRESS__)
+        __asan_unpoison_memory_region(end, rest);
+#endif
+    }
+    return fine ? cudaSuccess : cudaErrorLaunchFailure;
+}
+
+void use_schedule(Schedule chosen, unsigned seed) {
+    schedule = chosen;
+    generator.seed(seed);
+}
+
+const std::string& failure() { return reason; }
+
+}  // namespace emulation
+
+const char* cudaGetErrorString(cudaError_t error) {
+    static std::string text;
+    text = "error " + std::to_string(error) + " (" + emulation::failure() + ")";
+    return text.c_str();
+}
