@@ -39,7 +39,12 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 FAMILIES = ("pooling", "refinement", "experts", "loss")
 
 # The operation families that a backend serves, each by a module in the family's folder.
-SERVED: dict[str, tuple[str, ...]] = {"reference": FAMILIES, "cpu": FAMILIES, "triton": FAMILIES}
+SERVED: dict[str, tuple[str, ...]] = {
+    "reference": FAMILIES,
+    "cpu": FAMILIES,
+    "triton": FAMILIES,
+    "cuda": ("pooling",),
+}
 _MODULES = {"reference": "reference", "cpu": "native", "triton": "triton", "cuda": "native"}
 
 _TRITON_FOUND = importlib.util.find_spec("triton") is not None
@@ -62,10 +67,14 @@ def unavailable_reason(backend: str, family: str | None = None) -> str | None:
     """Why `backend` cannot be used in this process (for operations of `family`), or None if it can."""
     if backend not in BACKENDS:
         return f"unknown backend {backend!r}; the backends are {', '.join(BACKENDS)}"
-    if backend not in SERVED:
-        return f"this version of adajudge_kernels has no {backend} kernels"
-    if backend == "cpu" and compiled.missing is not None:
+    if backend in ("cpu", "cuda") and compiled.missing is not None:
         return compiled.missing
+    if backend == "cpu" and compiled.module.emulated:
+        return "the compiled module emulates a CUDA device on the CPU, and serves nothing else"
+    if backend == "cuda" and not compiled.module.with_cuda:
+        return "the compiled module was built without CUDA kernels: no nvcc was found, or ADAJUDGE_BUILD_CUDA=0 was set"
+    if backend == "cuda" and not (compiled.module.emulated or torch.cuda.is_available()):
+        return "torch finds no GPU"
     if backend == "triton":
         if not _TRITON_FOUND:
             return "triton is not installed"
@@ -130,7 +139,7 @@ def choose_backend(device: torch.device, family: str) -> Choice:
         return Choice(_servable(source, named, device, family), f"forced by {ENVIRONMENT_VARIABLE}")
     if device.type == "cuda" and _TRITON_FOUND and family in SERVED["triton"]:
         return Choice("triton", "the fastest for cuda tensors")
-    if device.type == "cpu" and compiled.missing is None and family in SERVED["cpu"]:
+    if device.type == "cpu" and unavailable_reason("cpu", family) is None:
         return Choice("cpu", "the fastest for cpu tensors")
     return Choice("reference", f"no faster {family} kernels are here for {device.type} tensors")
 
@@ -139,6 +148,8 @@ def _servable(source: str, backend: str, device: torch.device, family: str) -> s
     """`backend`, or a ValueError in the name of who forced it."""
     reason = unavailable_reason(backend, family)
     if reason is None and backend == "triton" and device.type != "cuda" and not _TRITON_INTERPRETED:
+        reason = f"it serves cuda tensors, and these are on {device.type}"
+    if reason is None and backend == "cuda" and device.type != "cuda" and not compiled.module.emulated:
         reason = f"it serves cuda tensors, and these are on {device.type}"
     if reason is None and backend == "cpu" and device.type != "cpu":
         reason = f"it serves cpu tensors, and these are on {device.type}"

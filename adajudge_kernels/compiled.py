@@ -1,5 +1,5 @@
-"""What every call into the compiled module (`csrc/`) needs: the module or the reason why it is not there, dtypes,
-addresses, threads, a layout's tables.
+"""What every call into the compiled module (`csrc/`) needs: the module or the reason why it is not there, where a call
+runs, dtypes, addresses, a layout's tables.
 
 The module holds no OpenMP runtime of its own: it uses torch's, which must be loaded first, so that the process has one
 pool of threads. ``ADAJUDGE_SIMD`` (``avx512``, ``avx2`` or ``plain``) chooses the instruction set of its CPU kernels;
@@ -58,15 +58,44 @@ def dtype_code(dtype: torch.dtype) -> Any:
     return _DTYPES[dtype]
 
 
+def run(operation: str, x: Tensor, *arguments: Any) -> None:
+    """Call `operation` of the module where `x` is: on torch's threads, or on its CUDA device's current stream."""
+    call = getattr(module, operation)
+    if not on_cuda(x):
+        call(torch.get_num_threads(), *arguments)
+        return
+    held = []  # a piece of memory is reused only after what is in the stream's queue by then
+
+    def memory(size: int) -> int:
+        held.append(x.new_empty(size, dtype=torch.uint8))
+        return held[-1].data_ptr()
+
+    if not x.is_cuda:
+        call(module.Stream(0, memory), *arguments)
+        return
+    with torch.cuda.device_of(x):
+        call(module.Stream(torch.cuda.current_stream(x.device).cuda_stream, memory), *arguments)
+
+
+def on_cuda(x: Tensor) -> bool:
+    """Whether calls with `x` run on a CUDA device, or on what the tests have in its place."""
+    return x.is_cuda or module.emulated
+
+
 def address(x: Tensor | None) -> int:
     """Where a contiguous tensor's numbers begin; 0 for none."""
     return 0 if x is None else x.data_ptr()
 
 
+def contiguous(x: Tensor) -> Tensor:
+    """`x` as the kernels read it: contiguous, and on CUDA from a multiple of sixteen bytes on."""
+    x = x.contiguous()
+    return x.clone() if on_cuda(x) and x.data_ptr() % 16 else x
+
+
 def as_arithmetic(x: Tensor, acc: torch.dtype) -> Tensor:
-    """A small argument as the kernels want it: in the precision of their arithmetic, contiguous."""
-    x = x if x.dtype == acc else x.to(acc)
-    return x if x.is_contiguous() else x.contiguous()
+    """A small argument as the kernels want it: in the precision of their arithmetic."""
+    return contiguous(x if x.dtype == acc else x.to(acc))
 
 
 def layout_of(tables: LayoutTables) -> Any:

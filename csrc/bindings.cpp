@@ -1,9 +1,11 @@
 // The compiled module `adajudge_kernels._native`: the kernels' calls as Python functions. Tensors come as addresses
-// (integers, 0 for none); who calls has checked them. The interpreter's lock is released while a kernel runs.
+// (integers, 0 for none); who calls has checked them. The interpreter's lock is released while a kernel runs on the CPU.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
+#include <stdexcept>
+#include <variant>
 #include <vector>
 
 #include "kernels.h"
@@ -23,6 +25,42 @@ std::vector<void*> at(const std::vector<Address>& addresses) {
     return pointers;
 }
 
+// Where a call runs: on so many threads of the CPU, or on a stream of the current CUDA device.
+using Where = std::variant<int, cuda::Stream>;
+
+#if defined(ADAJUDGE_WITH_CUDA)
+#define ON_CUDA(name) cuda::name
+constexpr bool WITH_CUDA = true;
+#else
+#define ON_CUDA(name) nullptr
+constexpr bool WITH_CUDA = false;
+#endif
+#if defined(ADAJUDGE_EMULATED)  // tests: the CUDA kernels run on the CPU, on its memory, and there are no others
+#define ON_CPU(name) nullptr
+constexpr bool EMULATED = true;
+#else
+#define ON_CPU(name) name
+constexpr bool EMULATED = false;
+#endif
+
+template <class Call>
+using OnCpu = void (*)(const Call&);
+template <class Call>
+using OnCuda = void (*)(const Call&, const cuda::Stream&);
+
+template <class Call>
+void run(const Where& where, Call call, std::type_identity_t<OnCpu<Call>> on_cpu,
+         std::type_identity_t<OnCuda<Call>> on_cuda) {
+    if (const int* threads = std::get_if<int>(&where)) {
+        if constexpr (requires { call.threads; }) call.threads = *threads;
+        if constexpr (requires { call.forward; }) call.forward.threads = *threads;
+        py::gil_scoped_release unlocked;
+        return on_cpu(call);
+    }
+    if (!on_cuda) throw std::runtime_error("this module was built without a CUDA kernel for the call");
+    on_cuda(call, std::get<cuda::Stream>(where));
+}
+
 Layout layout_at(Address roles, Address sequences, Address chunks, Address groups, Address group_chunks, int64_t num_tokens,
                  int64_t num_sequences, int64_t num_chunks, int64_t num_groups, int64_t num_group_chunks) {
     return {static_cast<const int8_t*>(at(roles)),
@@ -33,6 +71,7 @@ Layout layout_at(Address roles, Address sequences, Address chunks, Address group
             num_tokens, num_sequences, num_chunks, num_groups, num_group_chunks};
 }
 
+#if !defined(ADAJUDGE_EMULATED)
 void define_levels(py::module_& m) {
     m.def("level", &level, "The instruction set in use.");
     m.def("levels", [] {
@@ -44,87 +83,89 @@ void define_levels(py::module_& m) {
         if (!use_level(name.c_str())) throw py::value_error("this processor has no " + name);
     }, py::arg("name"), "Run on another instruction set.");
 }
+#endif
+
+void define_cuda(py::module_& m) {
+    m.attr("with_cuda") = WITH_CUDA;
+    m.attr("emulated") = EMULATED;
+    const auto stream = [](Address handle, py::function memory) {
+        return cuda::Stream{at(handle), [=](std::size_t size) { return at(memory(size).cast<Address>()); }};
+    };
+    py::class_<cuda::Stream>(m, "Stream", "A CUDA stream, and who gives device memory: a function of its size, to an address.")
+        .def(py::init(stream), py::arg("handle"), py::arg("memory"));
+}
 
 void define_pooling(py::module_& m) {
     py::class_<Layout>(m, "Layout", "Addresses and sizes of adajudge_kernels.tables.LayoutTables.")
         .def(py::init(&layout_at), py::arg("roles"), py::arg("sequences"), py::arg("chunks"), py::arg("groups"),
              py::arg("group_chunks"), py::arg("num_tokens"), py::arg("num_sequences"), py::arg("num_chunks"),
              py::arg("num_groups"), py::arg("num_group_chunks"));
-    m.def("means", [](Dtype dtype, int threads, const Layout& layout, int64_t features, Address hidden, Address prompt,
+    m.def("means", [](const Where& where, Dtype dtype, const Layout& layout, int64_t features, Address hidden, Address prompt,
                       Address response, Address all) {
-        const Means call{dtype, threads, layout, features, at(hidden), at(prompt), at(response), at(all)};
-        py::gil_scoped_release unlocked;
-        means(call);
+        const Means call{dtype, 1, layout, features, at(hidden), at(prompt), at(response), at(all)};
+        run(where, call, ON_CPU(means), ON_CUDA(means));
     });
-    m.def("spread_means", [](Dtype dtype, int threads, const Layout& layout, int64_t features, Address prompt,
+    m.def("spread_means", [](const Where& where, Dtype dtype, const Layout& layout, int64_t features, Address prompt,
                              Address response, Address all, Address grad_hidden) {
-        const SpreadMeans call{dtype, threads, layout, features, at(prompt), at(response), at(all), at(grad_hidden)};
-        py::gil_scoped_release unlocked;
-        spread_means(call);
+        const SpreadMeans call{dtype, 1, layout, features, at(prompt), at(response), at(all), at(grad_hidden)};
+        run(where, call, ON_CPU(spread_means), ON_CUDA(spread_means));
     });
-    m.def("depth_weights", [](Dtype dtype, int64_t num_sequences, int64_t features, int64_t depths, Address context,
+    m.def("depth_weights", [](const Where& where, Dtype dtype, int64_t num_sequences, int64_t features, int64_t depths, Address context,
                               Address weight, Address bias, Address alpha) {
         const DepthWeights call{dtype, num_sequences, features, depths, at(context), at(weight), at(bias), at(alpha)};
-        py::gil_scoped_release unlocked;
-        depth_weights(call);
+        run(where, call, ON_CPU(depth_weights), ON_CUDA(depth_weights));
     });
-    m.def("views", [](Dtype dtype, int threads, const Layout& layout, int64_t features, bool response_only,
+    m.def("views", [](const Where& where, Dtype dtype, const Layout& layout, int64_t features, bool response_only,
                       const std::vector<Address>& states, Address alpha, Address weight, Address bias, Address last,
                       Address mean, Address attention, Address log_sum_exp) {
         const std::vector<void*> pointers = at(states);
-        const Views call{dtype, threads, layout, features, static_cast<int64_t>(pointers.size()), response_only,
+        const Views call{dtype, 1, layout, features, static_cast<int64_t>(pointers.size()), response_only,
                          pointers.data(), at(alpha), at(weight), at(bias), at(last), at(mean), at(attention),
                          at(log_sum_exp)};
-        py::gil_scoped_release unlocked;
-        views(call);
+        run(where, call, ON_CPU(views), ON_CUDA(views));
     });
-    m.def("views_backward", [](Dtype dtype, int threads, const Layout& layout, int64_t features, bool response_only,
+    m.def("views_backward", [](const Where& where, Dtype dtype, const Layout& layout, int64_t features, bool response_only,
                                Address grad_last, Address grad_mean, Address grad_attention,
                                const std::vector<Address>& states, Address alpha, Address weight, Address bias,
                                Address attention, Address log_sum_exp, const std::vector<Address>& grad_states,
                                Address grad_alpha, Address grad_weight) {
         const std::vector<void*> from = at(states), to = at(grad_states);
-        const ViewsBackward call{dtype, threads, layout, features, static_cast<int64_t>(from.size()), response_only,
+        const ViewsBackward call{dtype, 1, layout, features, static_cast<int64_t>(from.size()), response_only,
                                  at(grad_last), at(grad_mean), at(grad_attention), from.data(), at(alpha), at(weight),
                                  at(bias), at(attention), at(log_sum_exp), to.data(), at(grad_alpha), at(grad_weight)};
-        py::gil_scoped_release unlocked;
-        views_backward(call);
+        run(where, call, ON_CPU(views_backward), ON_CUDA(views_backward));
     });
 }
 
 void define_refinement(py::module_& m) {
-    m.def("rms_norm", [](Dtype dtype, int threads, int64_t rows, int64_t features, double eps, Address x, Address update,
+    m.def("rms_norm", [](const Where& where, Dtype dtype, int64_t rows, int64_t features, double eps, Address x, Address update,
                          Address weight, Address total, Address normed) {
-        const RmsNorm call{dtype, threads, rows, features, eps, at(x), at(update), at(weight), at(total), at(normed)};
-        py::gil_scoped_release unlocked;
-        rms_norm(call);
+        const RmsNorm call{dtype, 1, rows, features, eps, at(x), at(update), at(weight), at(total), at(normed)};
+        run(where, call, ON_CPU(rms_norm), nullptr);
     });
-    m.def("rms_norm_backward", [](Dtype dtype, int threads, int64_t rows, int64_t features, double eps,
+    m.def("rms_norm_backward", [](const Where& where, Dtype dtype, int64_t rows, int64_t features, double eps,
                                   Address grad_total, Address grad_normed, Address total, Address weight, Address grad,
                                   Address grad_weight) {
-        const RmsNormBackward call{dtype, threads, rows, features, eps, at(grad_total), at(grad_normed), at(total),
+        const RmsNormBackward call{dtype, 1, rows, features, eps, at(grad_total), at(grad_normed), at(total),
                                    at(weight), at(grad), at(grad_weight)};
-        py::gil_scoped_release unlocked;
-        rms_norm_backward(call);
+        run(where, call, ON_CPU(rms_norm_backward), nullptr);
     });
-    m.def("swiglu", [](Dtype dtype, int threads, int64_t rows, int64_t features, Address gate_up, Address out) {
-        const Swiglu call{dtype, threads, rows, features, at(gate_up), at(out)};
-        py::gil_scoped_release unlocked;
-        swiglu(call);
+    m.def("swiglu", [](const Where& where, Dtype dtype, int64_t rows, int64_t features, Address gate_up, Address out) {
+        const Swiglu call{dtype, 1, rows, features, at(gate_up), at(out)};
+        run(where, call, ON_CPU(swiglu), nullptr);
     });
-    m.def("swiglu_backward", [](Dtype dtype, int threads, int64_t rows, int64_t features, Address grad, Address gate_up,
+    m.def("swiglu_backward", [](const Where& where, Dtype dtype, int64_t rows, int64_t features, Address grad, Address gate_up,
                                 Address grad_gate_up) {
-        const SwigluBackward call{dtype, threads, rows, features, at(grad), at(gate_up), at(grad_gate_up)};
-        py::gil_scoped_release unlocked;
-        swiglu_backward(call);
+        const SwigluBackward call{dtype, 1, rows, features, at(grad), at(gate_up), at(grad_gate_up)};
+        run(where, call, ON_CPU(swiglu_backward), nullptr);
     });
 }
 
 // Views, outputs, small weights: lists in the order of `Experts`.
-Experts experts_at(bool fp64, int threads, int64_t rows, int64_t features, int64_t view_units, int64_t router_units,
+Experts experts_at(bool fp64, int64_t rows, int64_t features, int64_t view_units, int64_t router_units,
                    const std::array<Address, 4>& views, Dtype view_in_dtype, Address view_in, Dtype router_in_dtype,
                    Address router_in, const std::array<Address, 6>& small, const std::array<Address, 3>& outputs) {
-    return {fp64, threads, rows, features, view_units, router_units,
+    return {fp64, 1, rows, features, view_units, router_units,
             {at(views[0]), at(views[1]), at(views[2]), at(views[3])},
             {view_in_dtype, at(view_in)}, {router_in_dtype, at(router_in)},
             at(small[0]), at(small[1]), at(small[2]), at(small[3]), at(small[4]), at(small[5]),
@@ -133,35 +174,32 @@ Experts experts_at(bool fp64, int threads, int64_t rows, int64_t features, int64
 
 void define_experts(py::module_& m) {
     py::class_<Experts>(m, "Experts", "Addresses and sizes of a gated expert combination.")
-        .def(py::init(&experts_at), py::arg("fp64"), py::arg("threads"), py::arg("rows"), py::arg("features"),
+        .def(py::init(&experts_at), py::arg("fp64"), py::arg("rows"), py::arg("features"),
              py::arg("view_units"), py::arg("router_units"), py::arg("views"), py::arg("view_in_dtype"),
              py::arg("view_in"), py::arg("router_in_dtype"), py::arg("router_in"), py::arg("small"),
              py::arg("outputs"));
-    m.def("experts", [](const Experts& call) {
-        py::gil_scoped_release unlocked;
-        experts(call);
+    m.def("experts", [](const Where& where, const Experts& call) {
+        run(where, call, ON_CPU(experts), nullptr);
     });
-    m.def("experts_backward", [](const Experts& forward, const std::array<Address, 3>& grads,
+    m.def("experts_backward", [](const Where& where, const Experts& forward, const std::array<Address, 3>& grads,
                                  const std::array<Address, 4>& views, Address view_in, Address router_in,
                                  const std::array<Address, 6>& small) {
         const ExpertsBackward call{forward, at(grads[0]), at(grads[1]), at(grads[2]),
                                    {at(views[0]), at(views[1]), at(views[2]), at(views[3])}, at(view_in), at(router_in),
                                    at(small[0]), at(small[1]), at(small[2]), at(small[3]), at(small[4]), at(small[5])};
-        py::gil_scoped_release unlocked;
-        experts_backward(call);
+        run(where, call, ON_CPU(experts_backward), nullptr);
     });
 }
 
 void define_loss(py::module_& m) {
-    m.def("loss", [](bool fp64, int threads, int64_t pairs, int64_t sequences, double gamma, double temperature,
+    m.def("loss", [](const Where& where, bool fp64, int64_t pairs, int64_t sequences, double gamma, double temperature,
                      double entropy_floor, double entropy_weight, Address chosen, Address rejected, Address pair_weight,
                      Address view_weights, Address out, Address grad_chosen, Address grad_pair_weight,
                      Address grad_view_weights) {
-        const Loss call{fp64, threads, pairs, sequences, gamma, temperature, entropy_floor, entropy_weight, at(chosen),
+        const Loss call{fp64, 1, pairs, sequences, gamma, temperature, entropy_floor, entropy_weight, at(chosen),
                         at(rejected), at(pair_weight), at(view_weights), at(out), at(grad_chosen),
                         at(grad_pair_weight), at(grad_view_weights)};
-        py::gil_scoped_release unlocked;
-        loss(call);
+        run(where, call, ON_CPU(loss), nullptr);
     });
 }
 
@@ -174,7 +212,10 @@ PYBIND11_MODULE(_native, m) {
         .value("float32", Dtype::float32)
         .value("bfloat16", Dtype::bfloat16)
         .value("float16", Dtype::float16);
+#if !defined(ADAJUDGE_EMULATED)
     define_levels(m);
+#endif
+    define_cuda(m);
     define_pooling(m);
     define_refinement(m);
     define_experts(m);

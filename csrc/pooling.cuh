@@ -29,7 +29,7 @@ __device__ void mix(const Tensors<const T>& states, int64_t row, const Columns<W
             A x[C];
             columns.load(states.of[k] + row, x);
 #pragma unroll
-            for (int c = 0; c < C; ++c) h[c] += x[c] * alpha[k];
+            for (int c = 0; c < C; ++c) h[c] = multiply_add(x[c], alpha[k], h[c]);
         }
 }
 
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(SCAN_THREADS<W, K>) scan(ScanArguments<T> call
                 for (int t = 0; t < TOKENS; ++t) {
                     logits[t] = 0;
 #pragma unroll
-                    for (int c = 0; c < C; ++c) logits[t] += h[t][c] * w[c];
+                    for (int c = 0; c < C; ++c) logits[t] = multiply_add(h[t][c], w[c], logits[t]);
                 }
                 sums.sum(logits, step / TOKENS);
             }
@@ -118,14 +118,14 @@ __global__ void __launch_bounds__(SCAN_THREADS<W, K>) scan(ScanArguments<T> call
             A betas[TOKENS], beta_sum = 0;
 #pragma unroll
             for (int t = 0; t < TOKENS; ++t) beta_sum += betas[t] = exp(logits[t] - safe);
-            total = total * rescale + beta_sum;
+            total = multiply_add(total, rescale, beta_sum);
             top = above;
 #pragma unroll
             for (int c = 0; c < C; ++c) {
                 A sum = h[0][c] * betas[0];
 #pragma unroll
-                for (int t = 1; t < TOKENS; ++t) sum += h[t][c] * betas[t];
-                weighted[c] = weighted[c] * rescale + sum;
+                for (int t = 1; t < TOKENS; ++t) sum = multiply_add(h[t][c], betas[t], sum);
+                weighted[c] = multiply_add(weighted[c], rescale, sum);
             }
         }
 #pragma unroll
@@ -165,7 +165,7 @@ __device__ A sum_of_rows(const A* rows, int64_t count, int64_t d, int column, Sh
     A sum = 0;
     if (column < d) {
 #pragma unroll 4
-        for (int64_t i = warp; i < count; i += COMBINE_ROWS) sum += share(i) * rows[i * d + column];
+        for (int64_t i = warp; i < count; i += COMBINE_ROWS) sum = multiply_add(share(i), rows[i * d + column], sum);
     }
     __syncthreads();  // `parts` may still be read from the sum before
     parts[warp][lane] = sum;
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(COMBINE_THREADS) combine(CombineArguments<A> c
         for (int64_t i = lane; i < count; i += WARP) top = larger(top, tops[i]);
         top = warp_max(top);
         const A safe = top == -INFINITE<A> ? A(0) : top;
-        for (int64_t i = lane; i < count; i += WARP) total += totals[i] * exp(tops[i] - safe);
+        for (int64_t i = lane; i < count; i += WARP) total = multiply_add(totals[i], exp(tops[i] - safe), total);
         total = warp_sum(total);
         const auto share = [&](int64_t i) { return exp(tops[i] - safe); };
         const A weighted = sum_of_rows(call.weighted + first * d, count, d, column, share, parts);
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(MAX_DEPTHS* WARP) gate(GateArguments<A> call) 
     const int k = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (k < call.depths) {
         A logit = 0;
-        for (int64_t j = lane; j < d; j += WARP) logit += call.weight[k * d + j] * call.context[b * d + j];
+        for (int64_t j = lane; j < d; j += WARP) logit = multiply_add(call.weight[k * d + j], call.context[b * d + j], logit);
         logit = warp_sum(logit);
         if (lane == 0) logits[k] = logit + call.bias[k];
     }
@@ -279,18 +279,18 @@ __global__ void __launch_bounds__(DOTS_THREADS) dots(DotsArguments<T> call) {
                 if (k < call.depths) {
                     load<W>(call.states.of[k] + slot * d + j, x);
 #pragma unroll
-                    for (int n = 0; n < W; ++n) h[n] += x[n] * alpha[k];
+                    for (int n = 0; n < W; ++n) h[n] = multiply_add(x[n], alpha[k], h[n]);
                 }
             load<W>(call.weight + j, x);
 #pragma unroll
-            for (int n = 0; n < W; ++n) logit_part += h[n] * x[n];
+            for (int n = 0; n < W; ++n) logit_part = multiply_add(h[n], x[n], logit_part);
             logit += logit_part;
             if (call.grad) {
                 A grad[W];
                 load<W>(call.grad + chunk.sequence_index * d + j, grad);
                 load<W>(call.pooled + chunk.sequence_index * d + j, x);
 #pragma unroll
-                for (int n = 0; n < W; ++n) dot_part += (h[n] - x[n]) * grad[n];
+                for (int n = 0; n < W; ++n) dot_part = multiply_add(h[n] - x[n], grad[n], dot_part);
                 grad_dot += dot_part;
             }
         }

@@ -81,10 +81,10 @@ __global__ void __launch_bounds__(SCAN_THREADS<W, K>) scan_backward(ScanBackward
             for (int c = 0; c < C; ++c) {
                 A h = x[t][0][c] * alpha[0];
 #pragma unroll
-                for (int k = 1; k < K; ++k) h += x[t][k][c] * alpha[k];
+                for (int k = 1; k < K; ++k) h = multiply_add(x[t][k][c], alpha[k], h);
                 centred[t][c] = h - pooled[c];
-                dots[2 * t] += h * w[c];
-                dots[2 * t + 1] += centred[t][c] * grad[c];
+                dots[2 * t] = multiply_add(h, w[c], dots[2 * t]);
+                dots[2 * t + 1] = multiply_add(centred[t][c], grad[c], dots[2 * t + 1]);
             }
         if (call.logits) {
 #pragma unroll
@@ -103,8 +103,8 @@ __global__ void __launch_bounds__(SCAN_THREADS<W, K>) scan_backward(ScanBackward
             A g[C];
 #pragma unroll
             for (int c = 0; c < C; ++c) {
-                g[c] = (response[t] ? grad_mean[c] : A(0)) + (seen[t] ? beta * grad[c] + grad_logit * w[c] : A(0));
-                if (seen[t]) grad_weight[c] += grad_logit * centred[t][c];
+                g[c] = (response[t] ? grad_mean[c] : A(0)) + (seen[t] ? multiply_add(beta, grad[c], grad_logit * w[c]) : A(0));
+                if (seen[t]) grad_weight[c] = multiply_add(grad_logit, centred[t][c], grad_weight[c]);
             }
             if (call.grad_last && valid[t] && s.slot(chunk.begin + step + t) == s.last_response) {
                 A grad_last[C];
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(SCAN_THREADS<W, K>) scan_backward(ScanBackward
                     A grad_state[C];
 #pragma unroll
                     for (int c = 0; c < C; ++c) {
-                        grad_alpha[k] += g[c] * x[t][k][c];
+                        grad_alpha[k] = multiply_add(g[c], x[t][k][c], grad_alpha[k]);
                         grad_state[c] = g[c] * alpha[k];
                     }
                     if (own) columns.store(call.grad_states.of[k] + rows[t], grad_state);
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(SPREAD_THREADS) spread_attention(SpreadAttenti
                 if (k < call.depths) {
                     const A alpha = call.alpha ? call.alpha[b * call.depths + k] : A(1);
 #pragma unroll
-                    for (int n = 0; n < W; ++n) total[k][n] += alpha * (beta * grad[n] + grad_logit * w[n]);
+                    for (int n = 0; n < W; ++n) total[k][n] = multiply_add(alpha, multiply_add(beta, grad[n], grad_logit * w[n]), total[k][n]);
                 }
         }
 #pragma unroll

@@ -23,6 +23,10 @@ __device__ inline float widened(float x) { return x; }
 __device__ inline float widened(bf16 x) { return __bfloat162float(x); }
 __device__ inline float widened(fp16 x) { return __half2float(x); }
 
+// a b + c in one rounding, said so where it is meant: then every compiler makes the same of it.
+__device__ inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ inline double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+
 // Rounded to nearest even.
 template <class T>
 __device__ T narrowed(arithmetic<T> x) {

@@ -1,5 +1,9 @@
 """Fixtures of all tests."""
 
+import importlib.util
+import os
+import sys
+
 import pytest
 import torch
 
@@ -8,6 +12,14 @@ from tests.summary import (  # noqa: F401 (hooks of pytest)
     pytest_terminal_summary,
     pytest_testnodedown,
 )
+
+# The compiled module to test instead of the package's own (tests/cuda/emulated_module.py).
+if os.environ.get("ADAJUDGE_TEST_MODULE"):
+    _spec = importlib.util.spec_from_file_location(
+        "adajudge_kernels._native", os.environ["ADAJUDGE_TEST_MODULE"]
+    )
+    sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules[_spec.name])
 
 # Test workers run side by side and their tensors are small: waiting for threads would be most of the time. What
 # must not depend on the number of threads is tested with several (test_contract.py).

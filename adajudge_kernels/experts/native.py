@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adajudge_kernels import compiled
-from adajudge_kernels.compiled import address, as_arithmetic, dtype_code
+from adajudge_kernels.compiled import address, as_arithmetic, contiguous, dtype_code
 from adajudge_kernels.registration import arithmetic_dtype
 
 _LARGE = (0, 4)  # of the eight weights: view_in_weight, router_in_weight
@@ -25,7 +25,7 @@ def gated_expert_combination_forward(
     reward = last.new_empty(batch, dtype=acc)
     scores, pi = (last.new_empty(batch, 3, dtype=acc) for _ in range(2))
     views, weights = _read([last, mean, attention, prompt], weights, acc)
-    compiled.module.experts(_call(views, weights, [reward, scores, pi]))
+    compiled.run("experts", reward, _call(views, weights, [reward, scores, pi]))
     return reward, scores, pi
 
 
@@ -44,7 +44,9 @@ def gated_expert_combination_backward(
     views, weights = _read(given[:4], weights, acc)
     grads = [as_arithmetic(x, acc) for x in (grad_reward, grad_scores, grad_pi)]
     dviews, dweights = ([torch.empty_like(x) for x in xs] for xs in (views, weights))
-    compiled.module.experts_backward(
+    compiled.run(
+        "experts_backward",
+        views[0],
         _call(views, weights, None),
         [address(x) for x in grads],
         [address(x) for x in dviews],
@@ -57,7 +59,7 @@ def gated_expert_combination_backward(
 def _read(views: list[Tensor], weights: list[Tensor], acc: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     """Views and weights as the kernels read them."""
     return [as_arithmetic(x, acc) for x in views], [
-        x.contiguous() if i in _LARGE else as_arithmetic(x, acc) for i, x in enumerate(weights)
+        contiguous(x) if i in _LARGE else as_arithmetic(x, acc) for i, x in enumerate(weights)
     ]
 
 
@@ -66,7 +68,6 @@ def _call(views: list[Tensor], weights: list[Tensor], outputs: list[Tensor] | No
     view_in, router_in = (weights[i] for i in _LARGE)
     return compiled.module.Experts(
         views[0].dtype == torch.float64,
-        torch.get_num_threads(),
         *views[0].shape,
         view_in.shape[1],
         router_in.shape[0],

@@ -34,9 +34,10 @@ def focal_bradley_terry_loss_forward(
     pair_weight, view_weights = (
         None if x is None else as_arithmetic(x, acc) for x in (pair_weight, view_weights)
     )
-    compiled.module.loss(
+    compiled.run(
+        "loss",
+        loss,
         acc == torch.float64,
-        torch.get_num_threads(),
         chosen.shape[0],
         0 if view_weights is None else view_weights.shape[0],
         gamma,

@@ -1,4 +1,4 @@
-"""The pooling operations on the compiled kernels: outputs made here, everything else in `csrc/cpu/pooling*.cpp`."""
+"""The pooling operations on the compiled kernels: outputs made here, everything else in `csrc/cpu/pooling*.cpp` and `csrc/pooling*.cu`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adajudge_kernels import compiled
-from adajudge_kernels.compiled import address, as_arithmetic, dtype_code, layout_of
+from adajudge_kernels.compiled import address, as_arithmetic, contiguous, dtype_code, layout_of
 from adajudge_kernels.registration import arithmetic_dtype
 from adajudge_kernels.tables import LayoutTables
 
@@ -22,8 +22,17 @@ def depth_gate_forward(
     prompt_mean, context = (hidden.new_empty(batch, d, dtype=acc) for _ in range(2))
     weight, bias = as_arithmetic(weight, acc), as_arithmetic(bias, acc)
     _means(hidden, tables, prompt=prompt_mean, everything=context)
-    compiled.module.depth_weights(
-        dtype_code(acc), batch, d, depths, address(context), address(weight), address(bias), address(alpha)
+    compiled.run(
+        "depth_weights",
+        hidden,
+        dtype_code(acc),
+        batch,
+        d,
+        depths,
+        address(context),
+        address(weight),
+        address(bias),
+        address(alpha),
     )
     return alpha, prompt_mean, context
 
@@ -75,7 +84,7 @@ def multi_view_pool_backward(
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """Gradients of the states, the depth weights, the attention weight and bias (whose gradient is zero)."""
     dalpha = attention.new_empty(depth_weights.shape)
-    grads = grad_last.contiguous(), grad_mean.contiguous()
+    grads = contiguous(grad_last), contiguous(grad_mean)
     call = weight, bias, attention, log_sum_exp, tables, response_only
     dstates, dweight = _views_backward(grad_attention, states, *call, (depth_weights, dalpha, *grads))
     return dstates, dalpha, dweight, dweight.new_zeros(1)
@@ -109,15 +118,16 @@ def _views(
     mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The attention view and its log-sum-exp; the other two where they have a place to go to."""
-    states = [x.contiguous() for x in states]
+    states = [contiguous(x) for x in states]
     first = states[0]
     acc, batch, d = arithmetic_dtype(first.dtype), tables.sequences.shape[0], first.shape[1]
     alpha = None if depth_weights is None else as_arithmetic(depth_weights, acc)
     weight, bias = as_arithmetic(weight, acc), as_arithmetic(bias, acc)
     attention, log_sum_exp = first.new_empty(batch, d, dtype=acc), first.new_empty(batch, dtype=acc)
-    compiled.module.views(
+    compiled.run(
+        "views",
+        first,
         dtype_code(first.dtype),
-        torch.get_num_threads(),
         layout_of(tables),
         d,
         response_only,
@@ -141,10 +151,11 @@ def _means(
     everything: Tensor | None = None,
 ) -> None:
     """Write the means that have a place to go to."""
-    hidden = hidden.contiguous()
-    compiled.module.means(
+    hidden = contiguous(hidden)
+    compiled.run(
+        "means",
+        hidden,
         dtype_code(hidden.dtype),
-        torch.get_num_threads(),
         layout_of(tables),
         hidden.shape[1],
         address(hidden),
@@ -169,18 +180,19 @@ def _views_backward(
 
     `others`, where there are three views: the depth weights, where their gradient goes, and the gradients of last and mean.
     """
-    states, acc = [x.contiguous() for x in states], attention.dtype
+    states, acc = [contiguous(x) for x in states], attention.dtype
     depth_weights, dalpha, grad_last, grad_mean = others or (None,) * 4
     alpha = None if depth_weights is None else as_arithmetic(depth_weights, acc)
     weight, bias, grad_attention = (
         as_arithmetic(weight, acc),
         as_arithmetic(bias, acc),
-        grad_attention.contiguous(),
+        contiguous(grad_attention),
     )
     dstates, dweight = [torch.empty_like(x) for x in states], torch.empty_like(weight)
-    compiled.module.views_backward(
+    compiled.run(
+        "views_backward",
+        states[0],
         dtype_code(states[0].dtype),
-        torch.get_num_threads(),
         layout_of(tables),
         states[0].shape[1],
         response_only,
@@ -209,12 +221,13 @@ def spread_means(
     everything: Tensor | None = None,
 ) -> Tensor:
     """``[T, d]`` from the gradients ``[B, d]`` of the means that were taken."""
-    grads = [None if x is None else x.contiguous() for x in (prompt, response, everything)]
+    grads = [None if x is None else contiguous(x) for x in (prompt, response, everything)]
     given = next(x for x in grads if x is not None)
     out = given.new_empty(tables.roles.shape[0], given.shape[1], dtype=dtype)
-    compiled.module.spread_means(
+    compiled.run(
+        "spread_means",
+        out,
         dtype_code(dtype),
-        torch.get_num_threads(),
         layout_of(tables),
         out.shape[1],
         *(address(x) for x in grads),

@@ -27,9 +27,10 @@ def residual_rms_norm_forward(
     x, weight = x.contiguous(), as_arithmetic(weight, arithmetic_dtype(x.dtype))
     update = None if update is None else update.contiguous()
     total, normed = x if update is None else torch.empty_like(x), torch.empty_like(x)
-    compiled.module.rms_norm(
+    compiled.run(
+        "rms_norm",
+        x,
         dtype_code(x.dtype),
-        torch.get_num_threads(),
         *x.shape,
         eps,
         address(x),
@@ -49,9 +50,10 @@ def residual_rms_norm_backward(
     grad_total = None if grad_total is None else grad_total.contiguous()
     weight = as_arithmetic(weight, arithmetic_dtype(total.dtype))
     grad, grad_weight = torch.empty_like(total), torch.empty_like(weight)
-    compiled.module.rms_norm_backward(
+    compiled.run(
+        "rms_norm_backward",
+        total,
         dtype_code(total.dtype),
-        torch.get_num_threads(),
         *total.shape,
         eps,
         address(grad_total),
@@ -68,9 +70,7 @@ def swiglu_forward(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up``, ``[T, f]``."""
     gate_up = gate_up.contiguous()
     out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
-    compiled.module.swiglu(
-        dtype_code(out.dtype), torch.get_num_threads(), *out.shape, address(gate_up), address(out)
-    )
+    compiled.run("swiglu", out, dtype_code(out.dtype), *out.shape, address(gate_up), address(out))
     return out
 
 
@@ -78,9 +78,10 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     """Gradient of the merged projection, ``[T, 2f]``."""
     grad, gate_up = grad.contiguous(), gate_up.contiguous()
     out = torch.empty_like(gate_up)
-    compiled.module.swiglu_backward(
+    compiled.run(
+        "swiglu_backward",
+        grad,
         dtype_code(out.dtype),
-        torch.get_num_threads(),
         *grad.shape,
         address(grad),
         address(gate_up),

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import native_build  # noqa: E402
+from tests.cuda.emulated_module import emulated_objects  # noqa: E402
 
 
 def build(folder: Path, sanitizers: str, places: list[str]) -> Path:
@@ -36,16 +37,6 @@ def build(folder: Path, sanitizers: str, places: list[str]) -> Path:
     program = ninja.step("link", folder.resolve() / "kernels_test", [*cases, *kernels])
     ninja.run()
     return program
-
-
-def emulated_objects(ninja: native_build.Ninja) -> list[Path]:
-    """The CUDA kernels and their launches as C++ for the CPU (tests/cuda/emulation)."""
-    folder = ROOT / "tests/cuda/emulation"
-    options = ["-x", "c++", f"-I{folder}", "-Wno-unknown-pragmas"]
-    return [
-        ninja.object("cxx", folder / "emulation.cpp"),
-        *(ninja.object("cxx", source, options) for source in sorted(ROOT.glob("csrc/*.cu"))),
-    ]
 
 
 def main() -> int:

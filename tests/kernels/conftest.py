@@ -16,7 +16,7 @@ SERVES = {
     "reference": ("cpu", "cuda"),
     "cpu": ("cpu",),
     "triton": ("cpu",) if INTERPRETED else ("cuda",),
-    "cuda": ("cuda",),
+    "cuda": ("cpu",) if compiled.module is not None and compiled.module.emulated else ("cuda",),
 }
 
 

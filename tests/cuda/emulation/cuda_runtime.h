@@ -94,11 +94,12 @@ inline float __uint_as_float(unsigned bits) {
     std::memcpy(&x, &bits, sizeof x);
     return x;
 }
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
+
+
 
 using std::abs;
 using std::exp;
+using std::fma;
 using std::log;
 using std::log1p;
 using std::pow;
