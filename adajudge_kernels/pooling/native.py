@@ -1,4 +1,4 @@
-"""The pooling operations on the compiled kernels: outputs made here, everything else in `csrc/cpu/pooling*.cpp` and `csrc/pooling*.cu`."""
+"""The pooling operations on the compiled kernels: outputs made here, everything else in `csrc/`."""
 
 from __future__ import annotations
 
