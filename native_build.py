@@ -28,7 +28,7 @@ CXX_FLAGS = [
 # The instruction sets that every kernel source is compiled for. levels.cpp chooses one when the program runs.
 LEVELS = {"x86_64": {"plain": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}}
 
-CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
+CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")  # the last one as PTX too
 
 WITHOUT = "ADAJUDGE_BUILD_EXT=0 installs the package without the compiled module"
 HINT = (
@@ -209,11 +209,13 @@ class Ninja:
         self.folder = folder.resolve()
         self.lines = [f"builddir = {_escaped(self.folder)}"]
 
-    def rule(self, name: str, command: list[str], depfile: bool = True) -> None:
-        """A rule; `command` may hold ninja's $in, $out and $flags."""
+    def rule(self, name: str, command: list[str], depfile: bool = True, log: bool = False) -> None:
+        """A rule; `command` may hold ninja's $in, $out and $flags. `log`: what it says goes to ``$out.log``."""
         words = " ".join(
             word if word.startswith("$") else shlex.quote(word.replace("$", "$$")) for word in command
         )
+        if log:
+            words += " > $out.log 2>&1 || (cat $out.log; false)"
         self.lines += [f"rule {name}", f"  command = {words}"]
         if depfile:
             self.lines += ["  depfile = $out.d", "  deps = gcc"]
@@ -317,15 +319,17 @@ def build_module(folder: Path, module: Path) -> None:
         supported = output_of([nvcc, "--list-gpu-arch"]).split()
         architectures = architecture_flags(os.environ.get("TORCH_CUDA_ARCH_LIST", ""), supported)
         host = ["-ccbin", compiler[0]] if len(compiler) == 1 else []
+        # Three times smaller; loading is once per process. Older compilers than 12.8 cannot.
+        packed = ["--compress-mode=size"] if "--compress-mode" in output_of([nvcc, "--help"]) else []
         options = [
-            "-std=c++20",
-            "-O3",
-            "-Icsrc",
-            "-Xcompiler=-fPIC,-fvisibility=hidden",
+            *("-std=c++20", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden"),
+            "-Xptxas=-v",  # registers and spills of every kernel, for tests/cuda/test_compiled.py
+            *packed,
             *host,
             *architectures,
         ]
-        build.rule("nvcc", [nvcc, *options, "$flags", "-MMD", "-MF", "$out.d", "-c", "$in", "-o", "$out"])
+        command = [nvcc, *options, "$flags", "-MMD", "-MF", "$out.d", "-c", "$in", "-o", "$out"]
+        build.rule("nvcc", command, log=True)
         objects += [build.object("nvcc", source) for source in cuda_sources]
         libraries = static_runtime(nvcc)
     # g++'s OpenMP is left out of the link: torch has loaded its own copy of it, for the whole process, before the

@@ -39,6 +39,13 @@ __device__ inline Chunk chunk_at(const Layout& layout, int64_t chunk) {
     return {b, s, begin, left < CHUNK_TOKENS ? left : CHUNK_TOKENS};
 }
 
+// The roles of a chunk's tokens, to shared memory: else every token's states would wait for its role. The block's threads call
+// it together.
+__device__ inline void load_roles(const Layout& layout, const Chunk& chunk, int8_t (&roles)[CHUNK_TOKENS]) {
+    for (int t = threadIdx.x; t < chunk.count; t += blockDim.x) roles[t] = layout.roles[chunk.sequence.slot(chunk.begin + t)];
+    __syncthreads();
+}
+
 // A piece of the tokens that lie together and are read by the same consecutive sequences.
 struct GroupChunk {
     int start;         // of the group

@@ -19,8 +19,7 @@ void launch_scan(const Stream& stream, const char* operation, const ScanArgument
     const dim3 grid(unsigned(call.layout.num_chunks), plan.blocks);
     const auto scan_with = [&](auto width, auto depths, auto columns) {
         constexpr int W = width, K = depths, C = columns;
-        const std::size_t shared = sizeof(BlockSums<arithmetic<T>, SCAN_TOKENS<T, C, K>, SCAN_THREADS<W, K> / WARP>);
-        launch(stream, operation, grid, plan.threads, VIEWS ? shared : 0, scan<T, W, C, K, VIEWS>, call);
+        launch(stream, operation, grid, plan.threads, sizeof(ScanShared<T, W, C, K>), scan<T, W, C, K, VIEWS>, call);
     };
     constexpr std::integral_constant<int, COLUMNS<T>> columns;
     constexpr std::integral_constant<int, 2 * COLUMNS<T>> twice;

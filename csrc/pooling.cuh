@@ -15,23 +15,37 @@ constexpr int SCAN_THREADS = W > 1 && K < MAX_DEPTHS ? 512 : 256;
 template <class A>
 constexpr A INFINITE = A(INFINITY);
 
-// h = sum_k alpha_k H_k of one token, in the columns of a thread; K = MAX_DEPTHS stands for any number of states.
-template <int K, int W, int C, class T>
-__device__ void mix(const Tensors<const T>& states, int64_t row, const Columns<W, C>& columns, int depths,
-                    const arithmetic<T> (&alpha)[K], arithmetic<T> (&h)[C]) {
+// One token's K states in the columns of a thread, as they are stored; K = MAX_DEPTHS stands for any number of states.
+template <class T, int W, int C, int K>
+struct StoredStates {
     using A = arithmetic<T>;
-    columns.load(states.of[0] + row, h);
+    Stored<T, W> of[K][C / W];
+
+    // Zeros where they are not wanted.
+    __device__ void load(const Tensors<const T>& states, int64_t row, const Columns<W, C>& columns, int depths, bool wanted) {
 #pragma unroll
-    for (int c = 0; c < C; ++c) h[c] *= alpha[0];
+        for (int k = 0; k < K; ++k) columns.load_stored(states.of[k] + row, wanted && (K < MAX_DEPTHS || k < depths), of[k]);
+    }
+
+    __device__ void widen(int k, A (&to)[C]) const {
 #pragma unroll
-    for (int k = 1; k < K; ++k)
-        if (K < MAX_DEPTHS || k < depths) {
+        for (int v = 0; v < C / W; ++v) of[k][v].widen(to + v * W);
+    }
+
+    // h = sum_k alpha_k H_k
+    __device__ void mix(const A (&alpha)[K], A (&h)[C]) const {
+        widen(0, h);
+#pragma unroll
+        for (int c = 0; c < C; ++c) h[c] *= alpha[0];
+#pragma unroll
+        for (int k = 1; k < K; ++k) {
             A x[C];
-            columns.load(states.of[k] + row, x);
+            widen(k, x);
 #pragma unroll
             for (int c = 0; c < C; ++c) h[c] = multiply_add(x[c], alpha[k], h[c]);
         }
-}
+    }
+};
 
 template <int K, class A>
 __device__ void load_depth_weights(const A* alpha, int64_t sequence, int depths, A (&to)[K]) {
@@ -58,17 +72,24 @@ struct ScanArguments {
 template <class T, int C, int K>
 constexpr int SCAN_TOKENS = K * C * int(sizeof(T)) <= 48 ? 32 / C : K * C * int(sizeof(T)) <= 96 ? 16 / C : 1;
 
+template <class T, int W, int C, int K>
+struct ScanShared {
+    BlockSums<arithmetic<T>, SCAN_TOKENS<T, C, K>, SCAN_THREADS<W, K> / WARP> logits;
+    int8_t roles[CHUNK_TOKENS];
+};
+
 // Grid (chunks, blocks of features: 1 unless the logits are given). VIEWS: the attention view, the response mean, the last
 // row; without: sums of prompts and responses of one state.
 template <class T, int W, int C, int K, bool VIEWS>
-__global__ void __launch_bounds__(SCAN_THREADS<W, K>) scan(ScanArguments<T> call) {
+__global__ void __launch_bounds__(SCAN_THREADS<W, K>, 1) scan(ScanArguments<T> call) {
     using A = arithmetic<T>;
     constexpr int TOKENS = SCAN_TOKENS<T, C, K>;
-    auto& sums = *static_cast<BlockSums<A, TOKENS, SCAN_THREADS<W, K> / WARP>*>(shared_memory());
+    auto& shared = *static_cast<ScanShared<T, W, C, K>*>(shared_memory());
     const int64_t index = blockIdx.x, d = call.features;
     const Chunk chunk = chunk_at(call.layout, index);
     const Sequence& s = chunk.sequence;
     const Columns<W, C> columns(call.features);
+    load_roles(call.layout, chunk, shared.roles);
     A alpha[K], w[C], bias = 0;
     load_depth_weights<K>(call.alpha, chunk.sequence_index, call.depths, alpha);
     if constexpr (VIEWS) {
@@ -80,19 +101,20 @@ __global__ void __launch_bounds__(SCAN_THREADS<W, K>) scan(ScanArguments<T> call
     for (int step = 0; step < chunk.count; step += TOKENS) {
         A h[TOKENS][C], logits[TOKENS];
         bool seen[TOKENS], response[TOKENS];
+        StoredStates<T, W, C, K> states[TOKENS];
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
             const bool valid = step + t < chunk.count;
             const int slot = s.slot(chunk.begin + step + t);
-            response[t] = valid && call.layout.roles[slot] == RESPONSE;
+            response[t] = valid && shared.roles[step + t] == RESPONSE;
             seen[t] = valid && (response[t] ? call.reads_responses : call.reads_prompts);
-            if (seen[t]) {
-                mix<K>(call.states, slot * d, columns, call.depths, alpha, h[t]);
-                if (VIEWS && call.last && slot == s.last_response) columns.store(call.last + chunk.sequence_index * d, h[t]);
-            } else {
+            states[t].load(call.states, slot * d, columns, call.depths, seen[t]);
+        }
 #pragma unroll
-                for (int c = 0; c < C; ++c) h[t][c] = 0;
-            }
+        for (int t = 0; t < TOKENS; ++t) {
+            states[t].mix(alpha, h[t]);
+            if (VIEWS && call.last && seen[t] && s.slot(chunk.begin + step + t) == s.last_response)
+                columns.store(call.last + chunk.sequence_index * d, h[t]);
         }
         if constexpr (VIEWS) {
             if (call.logits) {
@@ -105,7 +127,7 @@ __global__ void __launch_bounds__(SCAN_THREADS<W, K>) scan(ScanArguments<T> call
 #pragma unroll
                     for (int c = 0; c < C; ++c) logits[t] = multiply_add(h[t][c], w[c], logits[t]);
                 }
-                sums.sum(logits, step / TOKENS);
+                shared.logits.sum(logits, step / TOKENS);
             }
             A above = top;
 #pragma unroll
@@ -186,7 +208,7 @@ struct CombineArguments {
 
 // Grid (B, blocks of 32 features).
 template <class A>
-__global__ void __launch_bounds__(COMBINE_THREADS) combine(CombineArguments<A> call) {
+__global__ void __launch_bounds__(COMBINE_THREADS, 1) combine(CombineArguments<A> call) {
     auto& parts = *static_cast<A(*)[COMBINE_ROWS][WARP]>(shared_memory());
     const int64_t b = blockIdx.x, d = call.features;
     const int lane = threadIdx.x % WARP, column = blockIdx.y * WARP + lane;
@@ -226,7 +248,7 @@ struct GateArguments {
 
 // alpha = softmax(W c + b): a warp for each logit. Grid (B).
 template <class A>
-__global__ void __launch_bounds__(MAX_DEPTHS* WARP) gate(GateArguments<A> call) {
+__global__ void __launch_bounds__(MAX_DEPTHS * WARP, 1) gate(GateArguments<A> call) {
     A* logits = static_cast<A*>(shared_memory());
     const int64_t b = blockIdx.x, d = call.features;
     const int k = threadIdx.x / WARP, lane = threadIdx.x % WARP;
@@ -261,7 +283,7 @@ constexpr int DOTS_THREADS = 256;
 
 // A warp for each token at a time. Grid (chunks).
 template <class T, int W>
-__global__ void __launch_bounds__(DOTS_THREADS) dots(DotsArguments<T> call) {
+__global__ void __launch_bounds__(DOTS_THREADS, 1) dots(DotsArguments<T> call) {
     using A = arithmetic<T>;
     const int64_t index = blockIdx.x, d = call.features;
     const Chunk chunk = chunk_at(call.layout, index);

@@ -26,11 +26,8 @@ template <class T>
 void launch_scan_backward(const Stream& stream, const RowPlan& plan, const ScanBackwardArguments<T>& call) {
     with_kernel<T>(call.features, call.depths, [&](auto width, auto depths) {
         constexpr int W = width, K = depths, C = COLUMNS<T>;
-        using A = arithmetic<T>;
-        const std::size_t shared = sizeof(BlockSums<A, 2 * BACKWARD_TOKENS<T, C, K>, SCAN_THREADS<W, K> / WARP>) +
-                                   sizeof(BlockSums<A, MAX_DEPTHS, SCAN_THREADS<W, K> / WARP>);
-        launch(stream, "views_backward", dim3(unsigned(call.layout.num_chunks), plan.blocks), plan.threads, shared,
-               scan_backward<T, W, C, K>, call);
+        launch(stream, "views_backward", dim3(unsigned(call.layout.num_chunks), plan.blocks), plan.threads,
+               sizeof(ScanBackwardShared<T, W, C, K>), scan_backward<T, W, C, K>, call);
     });
 }
 

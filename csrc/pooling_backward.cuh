@@ -26,23 +26,27 @@ struct ScanBackwardArguments {
 template <class T, int C, int K>
 constexpr int BACKWARD_TOKENS = K * C * int(sizeof(T)) <= 48 ? 2 : 1;
 
+template <class T, int W, int C, int K>
+struct ScanBackwardShared {
+    BlockSums<arithmetic<T>, 2 * BACKWARD_TOKENS<T, C, K>, SCAN_THREADS<W, K> / WARP> dots;
+    BlockSums<arithmetic<T>, MAX_DEPTHS, SCAN_THREADS<W, K> / WARP> grad_alpha;
+    int8_t roles[CHUNK_TOKENS];
+};
+
 // g_t = [t = tau] g_L + m_t / n g_M + beta_t g_A + dlogit_t w with dlogit_t = beta_t (g_A . (h_t - z_A));
 // dH_k,t = alpha_k g_t, dalpha_k = sum_t g_t . H_k,t, dw = sum_t dlogit_t (h_t - z_A): the dlogit of a sequence sum to zero,
 // and so a mean of its states need not cancel. Grid (chunks, blocks of features: 1 unless the logits are given).
 template <class T, int W, int C, int K>
-__global__ void __launch_bounds__(SCAN_THREADS<W, K>) scan_backward(ScanBackwardArguments<T> call) {
+__global__ void __launch_bounds__(SCAN_THREADS<W, K>, 1) scan_backward(ScanBackwardArguments<T> call) {
     using A = arithmetic<T>;
     constexpr int TOKENS = BACKWARD_TOKENS<T, C, K>;
-    struct Shared {
-        BlockSums<A, 2 * TOKENS, SCAN_THREADS<W, K> / WARP> dots;
-        BlockSums<A, MAX_DEPTHS, SCAN_THREADS<W, K> / WARP> grad_alpha;
-    };
-    auto& shared = *static_cast<Shared*>(shared_memory());
+    auto& shared = *static_cast<ScanBackwardShared<T, W, C, K>*>(shared_memory());
     const int64_t index = blockIdx.x, d = call.features;
     const Chunk chunk = chunk_at(call.layout, index);
     const Sequence& s = chunk.sequence;
     const int64_t b = chunk.sequence_index;
     const Columns<W, C> columns(call.features);
+    load_roles(call.layout, chunk, shared.roles);
     A alpha[K], w[C], grad[C], pooled[C], grad_mean[C] = {}, grad_weight[C] = {}, grad_alpha[MAX_DEPTHS] = {};
     load_depth_weights<K>(call.alpha, b, call.depths, alpha);
     columns.load(call.weight, w);
@@ -55,7 +59,8 @@ __global__ void __launch_bounds__(SCAN_THREADS<W, K>) scan_backward(ScanBackward
     }
     const A bias = *call.bias, log_sum_exp = call.log_sum_exp[b];
     for (int step = 0; step < chunk.count; step += TOKENS) {
-        A x[TOKENS][K][C], dots[2 * TOKENS] = {};
+        StoredStates<T, W, C, K> states[TOKENS];
+        A centred[TOKENS][C], dots[2 * TOKENS] = {};  // h - z_A; w . h and g_A . (h - z_A)
         int64_t rows[TOKENS];
         bool valid[TOKENS], seen[TOKENS], response[TOKENS];
 #pragma unroll
@@ -63,29 +68,21 @@ __global__ void __launch_bounds__(SCAN_THREADS<W, K>) scan_backward(ScanBackward
             const int slot = s.slot(chunk.begin + step + t);
             rows[t] = slot * d;
             valid[t] = step + t < chunk.count;
-            response[t] = valid[t] && call.layout.roles[slot] == RESPONSE;
+            response[t] = valid[t] && shared.roles[step + t] == RESPONSE;
             seen[t] = valid[t] && (!call.response_only || response[t]);
-#pragma unroll
-            for (int k = 0; k < K; ++k)
-                if (seen[t] && (K < MAX_DEPTHS || k < call.depths)) {
-                    columns.load(call.states.of[k] + rows[t], x[t][k]);
-                } else {
-#pragma unroll
-                    for (int c = 0; c < C; ++c) x[t][k][c] = 0;
-                }
+            states[t].load(call.states, rows[t], columns, call.depths, seen[t]);
         }
-        A centred[TOKENS][C];  // h - z_A
 #pragma unroll
-        for (int t = 0; t < TOKENS; ++t)
+        for (int t = 0; t < TOKENS; ++t) {
+            A h[C];
+            states[t].mix(alpha, h);
 #pragma unroll
             for (int c = 0; c < C; ++c) {
-                A h = x[t][0][c] * alpha[0];
-#pragma unroll
-                for (int k = 1; k < K; ++k) h = multiply_add(x[t][k][c], alpha[k], h);
-                centred[t][c] = h - pooled[c];
-                dots[2 * t] = multiply_add(h, w[c], dots[2 * t]);
+                centred[t][c] = h[c] - pooled[c];
+                dots[2 * t] = multiply_add(h[c], w[c], dots[2 * t]);
                 dots[2 * t + 1] = multiply_add(centred[t][c], grad[c], dots[2 * t + 1]);
             }
+        }
         if (call.logits) {
 #pragma unroll
             for (int t = 0; t < TOKENS; ++t) {
@@ -116,10 +113,11 @@ __global__ void __launch_bounds__(SCAN_THREADS<W, K>) scan_backward(ScanBackward
 #pragma unroll
             for (int k = 0; k < K; ++k)
                 if (K < MAX_DEPTHS || k < call.depths) {
-                    A grad_state[C];
+                    A x[C], grad_state[C];
+                    states[t].widen(k, x);
 #pragma unroll
                     for (int c = 0; c < C; ++c) {
-                        grad_alpha[k] = multiply_add(g[c], x[t][k][c], grad_alpha[k]);
+                        grad_alpha[k] = multiply_add(g[c], x[c], grad_alpha[k]);
                         grad_state[c] = g[c] * alpha[k];
                     }
                     if (own) columns.store(call.grad_states.of[k] + rows[t], grad_state);
@@ -150,7 +148,7 @@ struct SumAlphaArguments {
 
 // Depth weights' gradient of a sequence: a warp adds its chunks' parts. Grid (B).
 template <class A>
-__global__ void __launch_bounds__(WARP) sum_alpha_parts(SumAlphaArguments<A> call) {
+__global__ void __launch_bounds__(WARP, 1) sum_alpha_parts(SumAlphaArguments<A> call) {
     const Sequence s = sequence_at(call.layout, blockIdx.x);
     const int64_t first = int64_t(s.first_chunk) * call.blocks, count = int64_t(s.chunks()) * call.blocks;
     for (int k = 0; k < call.depths; ++k) {
@@ -163,7 +161,7 @@ __global__ void __launch_bounds__(WARP) sum_alpha_parts(SumAlphaArguments<A> cal
 
 // out = the sum of `count` rows [count, d]. Grid (blocks of 32 features).
 template <class A>
-__global__ void __launch_bounds__(COMBINE_THREADS) add_rows(const A* rows, int64_t count, int64_t d, A* out) {
+__global__ void __launch_bounds__(COMBINE_THREADS, 1) add_rows(const A* rows, int64_t count, int64_t d, A* out) {
     auto& parts = *static_cast<A(*)[COMBINE_ROWS][WARP]>(shared_memory());
     const int column = blockIdx.x * WARP + threadIdx.x % WARP;
     const A sum = sum_of_rows(rows, count, d, column, [](int64_t) { return A(1); }, parts);
@@ -183,7 +181,7 @@ struct SpreadMeansArguments {
 
 // Gradient of means: every token gets its readers' shares, in their order. Grid (chunks of groups, blocks of features).
 template <class T, int W>
-__global__ void __launch_bounds__(SPREAD_THREADS) spread_means(SpreadMeansArguments<T> call) {
+__global__ void __launch_bounds__(SPREAD_THREADS, 1) spread_means(SpreadMeansArguments<T> call) {
     using A = arithmetic<T>;
     const int64_t d = call.features;
     const GroupChunk piece = group_chunk_at(call.layout, blockIdx.x);
@@ -223,7 +221,7 @@ struct SpreadAttentionArguments {
 // Gradient of shared prompt tokens: dH_k,t = sum_b alpha_bk (beta_bt g_A,b + dlogit_bt w) over the candidates that read the
 // token, in their order. Needs no states. Grid (chunks of groups, blocks of features).
 template <class T, int W>
-__global__ void __launch_bounds__(SPREAD_THREADS) spread_attention(SpreadAttentionArguments<T> call) {
+__global__ void __launch_bounds__(SPREAD_THREADS, 1) spread_attention(SpreadAttentionArguments<T> call) {
     using A = arithmetic<T>;
     // Groups are the prompts, then a response each, which has its gradient already.
     const int64_t prompts = call.layout.num_groups - call.layout.num_sequences, d = call.features;
@@ -266,7 +264,7 @@ struct ZeroArguments {
 
 // Zeros in the rows of padding, a warp for each token. Grid (groups of eight tokens).
 template <class T, int W>
-__global__ void __launch_bounds__(ZERO_THREADS) zero_padding(ZeroArguments<T> call) {
+__global__ void __launch_bounds__(ZERO_THREADS, 1) zero_padding(ZeroArguments<T> call) {
     const int64_t t = int64_t(blockIdx.x) * (ZERO_THREADS / WARP) + threadIdx.x / WARP, d = call.features;
     if (t >= call.tokens || call.roles[t] != PADDING) return;
     const arithmetic<T> zeros[W] = {};

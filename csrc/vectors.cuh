@@ -39,23 +39,36 @@ __device__ T narrowed(arithmetic<T> x) {
 template <class T>
 constexpr int FULL_WIDTH = 16 / int(sizeof(T));
 
-// `count` numbers from a multiple of sixteen bytes on, or (count = 1) from anywhere, as arithmetic.
+// W neighbouring numbers as they are stored: sixteen bytes, or a number alone. Loads that should be under way together are made
+// first, all of them, and widened afterwards.
+template <class T, int W>
+struct Stored {
+    using Bits = std::conditional_t<W == 1, T, uint4>;
+    static_assert(W == 1 || W == FULL_WIDTH<T>);
+    Bits bits;
+
+    // Zeros where they are not wanted: a load with a predicate, no branch.
+    __device__ static Stored load(const T* from, bool wanted) {
+        Stored stored;
+        memset(&stored, 0, sizeof stored);
+        if (wanted) stored.bits = *reinterpret_cast<const Bits*>(from);
+        return stored;
+    }
+
+    __device__ void widen(arithmetic<T>* to) const {
+        T numbers[W];
+        memcpy(numbers, &bits, sizeof bits);
+#pragma unroll
+        for (int n = 0; n < W; ++n) to[n] = widened(numbers[n]);
+    }
+};
+
+// `count` numbers as arithmetic.
 template <int count, class T>
 __device__ void load(const T* from, arithmetic<T>* to) {
-    if constexpr (count == 1) {
-        to[0] = widened(*from);
-    } else {
-        constexpr int STEP = FULL_WIDTH<T>;
-        static_assert(count % STEP == 0);
+    constexpr int W = count % FULL_WIDTH<T> ? 1 : FULL_WIDTH<T>;
 #pragma unroll
-        for (int i = 0; i < count; i += STEP) {
-            const uint4 bits = *reinterpret_cast<const uint4*>(from + i);
-            T numbers[STEP];
-            memcpy(numbers, &bits, sizeof bits);
-#pragma unroll
-            for (int n = 0; n < STEP; ++n) to[i + n] = widened(numbers[n]);
-        }
-    }
+    for (int i = 0; i < count; i += W) Stored<T, W>::load(from + i, true).widen(to + i);
 }
 
 template <int count, class T>
@@ -90,7 +103,14 @@ struct Columns {
     __device__ int at(int vector) const { return first + vector * step; }
     __device__ bool inside(int vector) const { return at(vector) < end; }
 
-    // Those of a row; zeros beyond its end.
+    // Those of a row as they are stored; zeros beyond its end, and everywhere if they are not wanted.
+    template <class T>
+    __device__ void load_stored(const T* row, bool wanted, Stored<T, W> (&to)[VECTORS]) const {
+#pragma unroll
+        for (int v = 0; v < VECTORS; ++v) to[v] = Stored<T, W>::load(row + at(v), wanted && inside(v));
+    }
+
+    // As arithmetic; zeros beyond the row's end.
     template <class T>
     __device__ void load(const T* row, arithmetic<T> (&to)[C]) const {
 #pragma unroll

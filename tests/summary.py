@@ -2,12 +2,12 @@
 
 import pytest
 
-COMPILED = {}  # architecture -> {configuration: registers}
+COMPILED = {}  # language and architecture -> {configuration: registers}
 ERRORS = {}  # "operation, dtype" -> (share of the contract's bound, error)
 
 
 def note_compilation(arch, configuration, registers):
-    """A launch that compiled for an architecture and kept to its limits."""
+    """A kernel that compiled for an architecture and kept to its limits."""
     COMPILED.setdefault(arch, {})[configuration] = registers
 
 
@@ -36,11 +36,11 @@ def pytest_testnodedown(node, error):
 def pytest_terminal_summary(terminalreporter):
     """Print it."""
     if COMPILED:
-        terminalreporter.section("Triton launches compiled, none with spills")
+        terminalreporter.section("kernels compiled, none with spills")
         for arch, configurations in sorted(COMPILED.items()):
             most = max(configurations.values())
             registers = f", {most} registers a thread at most" if most else ""
-            terminalreporter.write_line(f"{arch}: {len(configurations)} kernel configurations{registers}")
+            terminalreporter.write_line(f"{arch}: {len(configurations)} kernels{registers}")
     if ERRORS:
         terminalreporter.section("worst error against fp64, and its share of what the contract grants")
         for key, (share, error) in sorted(ERRORS.items()):

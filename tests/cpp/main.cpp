@@ -4,9 +4,19 @@
 
 using namespace testing;
 
+// Arguments: widths (numbers), places (names), "--stop" to go no further than the first failure.
 int main(int count, char** arguments) {
     check_threads();
-    const std::vector<std::string> named(arguments + 1, arguments + count);
+    std::vector<std::string> named;
+    std::vector<int64_t> widths;
+    bool stop = false;
+    for (int i = 1; i < count; ++i) {
+        const int64_t width = std::atoll(arguments[i]);
+        if (width) widths.push_back(width);
+        else if (arguments[i] == std::string("--stop")) stop = true;
+        else named.push_back(arguments[i]);
+    }
+    if (widths.empty()) widths = {1, 7, 16, 33, 600, 4100};
     const char* dtype_names[] = {"float64", "float32", "bfloat16", "float16"};
     int runs = 0;
     for (const std::string& place : named.empty() ? places() : named) {
@@ -14,11 +24,11 @@ int main(int count, char** arguments) {
             std::printf("%s: this processor lacks it\n", place.c_str());
             continue;
         }
-        for (int64_t features : {1, 7, 16, 33, 600, 4100}) {
+        for (int64_t features : widths) {
             // Rows that no CUDA block holds whole. To the CPU a row is a row.
             if (features == 4100 && place.rfind("cuda", 0) != 0) continue;
             // Several threads work only where there are enough numbers for them: large layouts for the large width.
-            const int64_t batch = features == 600 ? 6 : 3;
+            const int64_t batch = features > 2000 ? 2 : features > 500 ? 6 : 3;
             const Tokens layouts[] = {Tokens::packed(batch), Tokens::padded(batch), Tokens::shared(batch / 2), Tokens::packed(0)};
             for (const Tokens& tokens : layouts)
                 for (const Dtype dtype : {Dtype::float64, Dtype::float32, Dtype::bfloat16, Dtype::float16})
@@ -31,6 +41,7 @@ int main(int count, char** arguments) {
                                 ++runs;
                             } catch (const NotServed&) {
                             }
+                            if (stop && failures) return 1;
                         }
         }
     }

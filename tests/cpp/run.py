@@ -39,6 +39,14 @@ def build(folder: Path, sanitizers: str, places: list[str]) -> Path:
     return program
 
 
+def run(
+    program: Path, places: list[str], features: list[str] | None = None, under: str = "", show: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """The program's end: exit code 0 where every case agrees."""
+    command = [*shlex.split(under), str(program), *(features or []), *places]
+    return subprocess.run(command, capture_output=not show, text=True, check=False)
+
+
 def main() -> int:
     """Exit code of the program: 0 where every case agrees."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -49,12 +57,13 @@ def main() -> int:
         default=[],
         help="instruction sets, and cuda-forward, cuda-backward, cuda-random; default all that the processor has",
     )
+    parser.add_argument("--features", nargs="+", default=[], help="widths of rows, default from 1 to 4100")
     parser.add_argument("--under", default="", help="an emulator's command")
     parser.add_argument("--folder", type=Path, default=None, help="where it is built, default in build/")
     arguments = parser.parse_args()
     folder = arguments.folder or ROOT / "build" / ("cpp-sanitized" if arguments.sanitize else "cpp")
     program = build(folder, arguments.sanitize, arguments.places)
-    return subprocess.run([*shlex.split(arguments.under), program, *arguments.places], check=False).returncode
+    return run(program, arguments.places, arguments.features, arguments.under, show=True).returncode
 
 
 if __name__ == "__main__":

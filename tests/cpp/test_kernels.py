@@ -1,13 +1,32 @@
-"""The C++ test of the CPU kernels, as far as it takes seconds; all of it: ``make test-sanitizers``."""
+"""The C++ test of the kernels, as far as it takes seconds; all of it: ``make test-sanitizers``.
 
-import subprocess
-import sys
-from pathlib import Path
+Without the checks for undefined behaviour: they take minutes together.
+"""
+
+import pytest
+
+from tests.cpp.run import ROOT, build, run
+
+pytestmark = pytest.mark.xdist_group("cpp")
+FOLDER = ROOT / "build/cpp-test"
+PLACES = ["plain", "cuda-forward", "cuda-random"]
 
 
-def test_kernels_agree_with_doubles_and_stay_within_their_buffers(tmp_path):
-    """On one instruction set, without the checks for undefined behaviour: they take minutes together."""
-    script = Path(__file__).with_name("run.py")
-    command = [sys.executable, script, "--sanitize", "address", "--places", "plain", "--folder", tmp_path]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.fixture(scope="module")
+def program():
+    return build(FOLDER, "address", PLACES)
+
+
+def test_cpu_kernels_agree_with_doubles_and_stay_within_their_buffers(program):
+    """On one instruction set."""
+    result = run(program, ["plain"])
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("schedule", "features"), [("cuda-forward", ["7", "33", "264"]), ("cuda-random", ["33", "2049"])]
+)
+def test_cuda_kernels_agree_with_doubles_and_stay_within_their_buffers(program, schedule, features):
+    """Emulated: one warp, several, and rows that no block holds whole."""
+    result = run(program, [schedule], features)
     assert result.returncode == 0, result.stdout + result.stderr
