@@ -8,9 +8,11 @@ BIN        := $(VENV)/bin
 INSTALLED  := $(VENV)/.installed
 BUILT      := $(VENV)/.built
 SOURCES    := $(wildcard csrc/*.* csrc/*/*.*)
+EMULATED   := build/emulated/_native.so
 WORKERS    ?= 2
+GPU_ARCH   ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1)
 
-.PHONY: setup demo test test-sanitizers test-arm lint test-gpu bench bench-gpu judge clean
+.PHONY: setup demo test test-sanitizers test-arm lint build-gpu test-gpu bench bench-gpu judge clean
 
 setup: $(BUILT)
 
@@ -38,8 +40,11 @@ test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations=5
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=5 -k triton-cpu \
 		tests/kernels tests/adajudge/test_judge_on_triton.py
+	$(BIN)/python tests/cuda/emulated_module.py
+	ADAJUDGE_TEST_MODULE=$(EMULATED) $(BIN)/python -m pytest -n $(WORKERS) --durations=5 -k cuda-cpu tests/kernels
 
-# The C++ test of the CPU kernels with every check, on every instruction set of this processor.
+# The C++ test of the kernels with every check, on every instruction set of this processor and with every schedule of CUDA's
+# emulated threads.
 test-sanitizers: $(BUILT)
 	$(BIN)/python tests/cpp/run.py --sanitize address,undefined
 
@@ -53,14 +58,18 @@ lint: $(BUILT)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test-gpu:
+# The module with kernels for the GPU at hand, by the interpreter at hand.
+build-gpu:
+	TORCH_CUDA_ARCH_LIST=$(GPU_ARCH) ADAJUDGE_BUILD_CUDA=1 $(GPU_PYTHON) setup.py --quiet build_ext --inplace
+
+test-gpu: build-gpu
 	PYTHONPATH=.:python $(GPU_PYTHON) -m pytest tests -m gpu
 
 bench: $(BUILT)
 	@mkdir -p benchmarks/results
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/cpu.json
 
-bench-gpu:
+bench-gpu: build-gpu
 	@mkdir -p benchmarks/results
 	PYTHONPATH=.:python $(GPU_PYTHON) -m pytest benchmarks --benchmark-only --device cuda \
 		--benchmark-json=benchmarks/results/gpu.json

@@ -205,7 +205,10 @@ __global__ void __launch_bounds__(SPREAD_THREADS, 1) spread_means(SpreadMeansArg
     }
     for (int t = 0; t < piece.count; ++t) {
         const int slot = piece.start + piece.begin + t;
-        columns.store(call.grad_hidden + slot * d, call.layout.roles[slot] == RESPONSE ? responses : prompts);
+        const bool response = call.layout.roles[slot] == RESPONSE;
+#pragma unroll
+        for (int n = 0; n < W; ++n) grad[n] = response ? responses[n] : prompts[n];
+        columns.store(call.grad_hidden + slot * d, grad);
     }
 }
 

@@ -3,52 +3,17 @@ load. Without nvcc nothing was compiled, and there is nothing to look at."""
 
 import re
 import subprocess
-import sys
-import sysconfig
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from adajudge_kernels import compiled
+from tests.cuda.compile_report import ARCHITECTURES, ROOT, kernels, table
 from tests.summary import note_compilation
-
-ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-SOURCES = sorted(ROOT.glob("csrc/*.cu"))
 
 if compiled.module is None or not compiled.module.with_cuda or compiled.module.emulated:
     pytest.skip("the compiled module holds no CUDA kernels", allow_module_level=True)
-
-
-class Kernel(NamedTuple):
-    """One kernel for one architecture, as ptxas describes it."""
-
-    name: str
-    arch: str
-    registers: int
-    stack: int
-    spilled: int
-
-
-@cache
-def kernels():
-    found = []
-    for source in SOURCES:
-        log = BUILD / f"csrc/{source.name}.o.log"
-        assert log.stat().st_mtime >= source.stat().st_mtime, (
-            "the report is older than the source: make setup"
-        )
-        report = re.findall(
-            r"Compiling entry function '(\S+)' for '(\S+)'\n.*\n"
-            r"\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n.*Used (\d+) registers",
-            log.read_text(),
-        )
-        found += [
-            Kernel(name, arch, int(r), int(frame), int(a) + int(b)) for name, arch, frame, a, b, r in report
-        ]
-    return found
 
 
 @cache
@@ -77,7 +42,7 @@ def test_every_architecture_has_every_kernel():
     by_arch = {}
     for kernel in kernels():
         by_arch.setdefault(kernel.arch, set()).add(kernel.name)
-    assert {"sm_80", "sm_90", "sm_100", "sm_120"} <= set(by_arch)
+    assert set(ARCHITECTURES) <= set(by_arch)
     assert len({frozenset(names) for names in by_arch.values()}) == 1
 
 
@@ -86,7 +51,7 @@ def test_module_holds_the_architectures_and_stays_small():
     dump = triton.knobs.nvidia.cuobjdump.path
     module = Path(compiled.module.__file__)
     for option, expected in (
-        ("--list-elf", {"sm_80", "sm_90", "sm_100", "sm_120"}),
+        ("--list-elf", set(ARCHITECTURES)),
         ("--list-ptx", {"sm_120"}),
     ):
         text = subprocess.run([dump, option, module], capture_output=True, text=True, check=True).stdout
@@ -110,3 +75,10 @@ def test_pooling_moves_sixteen_bytes_at_a_time(kernel):
             assert "LDG.E.128" in sass()[name], name
         if kernel not in ("scan", "dots"):
             assert "STG.E.128" in sass()[name], name
+
+
+def test_the_document_says_what_the_compiler_says():
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    if "release 13.0" not in version:
+        pytest.skip("the document's table is of nvcc 13.0")
+    assert table() in (ROOT / "docs/cuda.md").read_text(encoding="utf-8"), table()
