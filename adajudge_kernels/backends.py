@@ -43,7 +43,7 @@ SERVED: dict[str, tuple[str, ...]] = {
     "reference": FAMILIES,
     "cpu": FAMILIES,
     "triton": FAMILIES,
-    "cuda": ("pooling",),
+    "cuda": ("pooling", "experts", "loss"),
 }
 _MODULES = {"reference": "reference", "cpu": "native", "triton": "triton", "cuda": "native"}
 

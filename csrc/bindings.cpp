@@ -179,7 +179,7 @@ void define_experts(py::module_& m) {
              py::arg("view_in"), py::arg("router_in_dtype"), py::arg("router_in"), py::arg("small"),
              py::arg("outputs"));
     m.def("experts", [](const Where& where, const Experts& call) {
-        run(where, call, ON_CPU(experts), nullptr);
+        run(where, call, ON_CPU(experts), ON_CUDA(experts));
     });
     m.def("experts_backward", [](const Where& where, const Experts& forward, const std::array<Address, 3>& grads,
                                  const std::array<Address, 4>& views, Address view_in, Address router_in,
@@ -187,7 +187,7 @@ void define_experts(py::module_& m) {
         const ExpertsBackward call{forward, at(grads[0]), at(grads[1]), at(grads[2]),
                                    {at(views[0]), at(views[1]), at(views[2]), at(views[3])}, at(view_in), at(router_in),
                                    at(small[0]), at(small[1]), at(small[2]), at(small[3]), at(small[4]), at(small[5])};
-        run(where, call, ON_CPU(experts_backward), nullptr);
+        run(where, call, ON_CPU(experts_backward), ON_CUDA(experts_backward));
     });
 }
 
@@ -199,7 +199,7 @@ void define_loss(py::module_& m) {
         const Loss call{fp64, 1, pairs, sequences, gamma, temperature, entropy_floor, entropy_weight, at(chosen),
                         at(rejected), at(pair_weight), at(view_weights), at(out), at(grad_chosen),
                         at(grad_pair_weight), at(grad_view_weights)};
-        run(where, call, ON_CPU(loss), nullptr);
+        run(where, call, ON_CPU(loss), ON_CUDA(loss));
     });
 }
 

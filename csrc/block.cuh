@@ -36,29 +36,39 @@ __device__ A warp_max(A x) {
     return x;
 }
 
+// Sums over the lanes that are NEAREST, 2 NEAREST, .. up to FARTHEST apart, of the first `count` (a power of two) of a
+// lane's numbers. While there are several, lanes swap halves of them: half the lanes go on with half the numbers. A lane's
+// sums are the first of `x` in the end; of which number the first of them is, is returned.
+template <int NEAREST, int count, int FARTHEST = WARP / 2, class A>
+__device__ int lane_sums(A* x) {
+    static_assert(count > 0 && (count & (count - 1)) == 0);
+    if constexpr (FARTHEST < NEAREST) {
+        return 0;
+    } else if constexpr (count == 1) {
+        x[0] += __shfl_xor_sync(ALL_LANES, x[0], FARTHEST);
+        return lane_sums<NEAREST, 1, FARTHEST / 2>(x);
+    } else {
+        constexpr int HALF = count / 2;
+        const bool upper = threadIdx.x & FARTHEST;
+#pragma unroll
+        for (int i = 0; i < HALF; ++i) {
+            const A kept = upper ? x[i + HALF] : x[i], given = upper ? x[i] : x[i + HALF];
+            x[i] = kept + __shfl_xor_sync(ALL_LANES, given, FARTHEST);
+        }
+        return (upper ? HALF : 0) + lane_sums<NEAREST, HALF, FARTHEST / 2>(x);
+    }
+}
+
 // Sums of `count` numbers (a power of two) over the block's threads, for all of them: one barrier a call. Calls take the
 // two buffers in turn, so that nobody writes what another still reads.
 template <class A, int count, int MOST_WARPS = 32>
 struct BlockSums {
-    static_assert(count > 0 && count <= WARP && (count & (count - 1)) == 0);
+    static_assert(count <= WARP);
     A parts[2][MOST_WARPS][count];
 
     __device__ void sum(A (&x)[count], int turn) {
         const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-        // While there are several numbers, lanes swap halves of them: half the lanes go on with half the numbers.
-        int distance = WARP / 2, number = 0;
-#pragma unroll
-        for (int half = count / 2; half; half /= 2, distance /= 2) {
-            const bool upper = lane & distance;
-            number = 2 * number + upper;
-#pragma unroll
-            for (int i = 0; i < half; ++i) {
-                const A kept = upper ? x[i + half] : x[i], given = upper ? x[i] : x[i + half];
-                x[i] = kept + __shfl_xor_sync(ALL_LANES, given, distance);
-            }
-        }
-#pragma unroll
-        for (; distance; distance /= 2) x[0] += __shfl_xor_sync(ALL_LANES, x[0], distance);
+        const int number = lane_sums<1, count>(x);
         auto& buffer = parts[turn % 2];
         if (lane % (WARP / count) == 0) buffer[warp][number] = x[0];
         __syncthreads();

@@ -169,11 +169,11 @@ struct Loss {
     X(spread_means, SpreadMeans)            \
     X(depth_weights, DepthWeights)          \
     X(views, Views)                         \
-    X(views_backward, ViewsBackward)
-#define ADAJUDGE_CPU_OPERATIONS(X)          \
+    X(views_backward, ViewsBackward)        \
     X(experts, Experts)                     \
     X(experts_backward, ExpertsBackward)    \
-    X(loss, Loss)                           \
+    X(loss, Loss)
+#define ADAJUDGE_CPU_OPERATIONS(X)          \
     X(rms_norm, RmsNorm)                    \
     X(rms_norm_backward, RmsNormBackward)   \
     X(swiglu, Swiglu)                       \

@@ -4,6 +4,7 @@
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "kernels.h"
@@ -66,6 +67,22 @@ template <class Body>
 void with_arithmetic(Dtype dtype, Body body) {
     if (dtype == Dtype::float64) body(double{});
     else body(float{});
+}
+
+// Whether rows are read sixteen bytes at a time. It depends on nothing but the size of a row: orders of summation depend on
+// it, and must not depend on where a tensor lies. fp64 is for checking only, and has no fast kernels.
+template <class T>
+bool fast_rows(int64_t d) {
+    return sizeof(T) < 8 && d % FULL_WIDTH<T> == 0;
+}
+
+// body(width), a constant: how many numbers a load brings.
+template <class T, class Body>
+void with_width(int64_t d, Body body) {
+    if constexpr (sizeof(T) < 8) {
+        if (fast_rows<T>(d)) return body(std::integral_constant<int, FULL_WIDTH<T>>{});
+    }
+    body(std::integral_constant<int, 1>{});
 }
 
 }  // namespace adajudge::cuda

@@ -23,13 +23,6 @@ inline RowPlan shared_row(int64_t d, int columns) {
     return {columns, THREADS, unsigned(parts(d, columns * THREADS))};
 }
 
-// Whether rows are read sixteen bytes at a time. It depends on nothing but the size of a row: orders of summation depend on
-// it, and must not depend on where a tensor lies. fp64 is for checking only, and has no fast kernels.
-template <class T>
-bool fast_rows(int64_t d) {
-    return sizeof(T) < 8 && d % FULL_WIDTH<T> == 0;
-}
-
 // The kernels that hold a whole row in a block, as `with_kernel` chooses them.
 template <class T>
 int64_t most_threads(int64_t d, int64_t depths) {
@@ -74,15 +67,6 @@ void with_kernel(int64_t d, int64_t depths, Body body) {
     constexpr integral_constant<int, 1> one;
     if (depths == 1) return body(one, one);
     body(one, integral_constant<int, MAX_DEPTHS>{});
-}
-
-// body(width) where any K is served.
-template <class T, class Body>
-void with_width(int64_t d, Body body) {
-    if constexpr (sizeof(T) < 8) {
-        if (fast_rows<T>(d)) return body(std::integral_constant<int, FULL_WIDTH<T>>{});
-    }
-    body(std::integral_constant<int, 1>{});
 }
 
 template <class T>

@@ -1,4 +1,4 @@
-"""The gated expert combination on the compiled kernels: outputs made here, everything else in `csrc/cpu/experts*`.
+"""The gated expert combination on the compiled kernels: outputs made here, everything else in `csrc/`.
 
 The two large weights are read in their own dtypes; views and small weights come in the precision of the arithmetic.
 """

@@ -1,4 +1,4 @@
-"""The focal Bradley-Terry loss on the compiled kernels: outputs made here, everything else in `csrc/cpu/loss.cpp`."""
+"""The focal Bradley-Terry loss on the compiled kernels: outputs made here, everything else in `csrc/`."""
 
 from __future__ import annotations
 

@@ -14,6 +14,19 @@ double silu_derivative(double x) { return sigmoid(x) * (1 + x * (1 - sigmoid(x))
 
 constexpr int VIEWS = 4;
 
+// Of d numbers from a[i] and b[j] on. Doubles are among what is checked: one long sum would be off by as much as they
+// may be.
+double dot(const Buffer& a, int64_t i, const Buffer& b, int64_t j, int64_t d) {
+    constexpr int64_t RUN = 64;
+    double total = 0;
+    for (int64_t begin = 0; begin < d; begin += RUN) {
+        double sum = 0;
+        for (int64_t n = begin; n < std::min(begin + RUN, d); ++n) sum += a[i + n] * b[j + n];
+        total += sum;
+    }
+    return total;
+}
+
 // Arguments of a call: the large weights in the setting's dtype, all else in that of its arithmetic.
 struct Arguments {
     Dtype stored, acc;
@@ -50,15 +63,13 @@ struct Row {
             scores[v] = given.view_out_bias[v];
             pre[v].resize(h);
             for (int64_t u = 0; u < h; ++u) {
-                pre[v][u] = given.view_in_bias[v * h + u];
-                for (int64_t j = 0; j < d; ++j) pre[v][u] += given.view_in[(v * h + u) * d + j] * given.views[v][b * d + j];
+                pre[v][u] = given.view_in_bias[v * h + u] + dot(given.view_in, (v * h + u) * d, given.views[v], b * d, d);
                 scores[v] += given.view_out[v * h + u] * silu(pre[v][u]);
             }
         }
         for (int64_t u = 0; u < h_r; ++u)
             for (int v = 0; v < VIEWS; ++v)
-                for (int64_t j = 0; j < d; ++j)
-                    router_pre[u] += given.router_in[(u * VIEWS + v) * d + j] * given.views[v][b * d + j];
+                router_pre[u] += dot(given.router_in, (u * VIEWS + v) * d, given.views[v], b * d, d);
         for (int v = 0; v < 3; ++v) {
             logits[v] = given.router_out_bias[v];
             for (int64_t u = 0; u < h_r; ++u) logits[v] += given.router_out[v * h_r + u] * silu(router_pre[u]);
