@@ -91,7 +91,7 @@ struct ShareArguments {
 // W[units, segment] . z[segment] of a tile of units and of SHARE_ROWS rows. A segment is the features of a block.
 // Grid (tiles of units times tiles of rows, segments).
 template <class T, int W>
-__global__ void __launch_bounds__(SHARE_WARPS* WARP) form_shares(ShareArguments<T> call) {
+__global__ void __launch_bounds__(SHARE_WARPS* WARP, 1) form_shares(ShareArguments<T> call) {
     using A = arithmetic<T>;
     constexpr int UNITS = SHARE_UNITS<W>, C = SHARE_FEATURES<T>;
     auto& parts = *static_cast<ShareParts<T, W>*>(shared_memory());
@@ -180,7 +180,7 @@ using OutputSums = BlockSums<A, 8, EVALUATE_THREADS / WARP>;  // three scores, t
 // outputs and of the pre-activations: ds_v = pi_v g_r + g_s, dpi_v = s_v g_r + g_pi, dlogit = pi (dpi - pi . dpi).
 // `grad_outputs` are ds, then dlogit. Grid (B).
 template <class A, bool BACKWARD>
-__global__ void __launch_bounds__(EVALUATE_THREADS) evaluate(EvaluateArguments<A> call) {
+__global__ void __launch_bounds__(EVALUATE_THREADS, 1) evaluate(EvaluateArguments<A> call) {
     const int64_t b = blockIdx.x, h = call.sizes.view_units, h_r = call.sizes.router_units;
     const int64_t columns = call.sizes.columns();
     const A* shares = call.shares + b * call.segments * columns;

@@ -44,7 +44,7 @@ struct ViewGradientArguments {
 // dz_v = W_v^T dpre_v + W_r[:, v]^T dpre_r, the prompt's without the first term. Grid (tiles of rows, blocks of features,
 // views).
 template <class T, int W>
-__global__ void __launch_bounds__(VIEW_THREADS) view_gradients(ViewGradientArguments<T> call) {
+__global__ void __launch_bounds__(VIEW_THREADS, 1) view_gradients(ViewGradientArguments<T> call) {
     using A = arithmetic<T>;
     using Threads = ViewThreads<W>;
     auto& shared = *static_cast<ViewShared<A, W>*>(shared_memory());
@@ -129,7 +129,7 @@ struct WeightGradientArguments {
 
 // dW = sum_b dpre_b z_b^T of a tile of units and the view that they read. Grid (tiles of units, blocks of features).
 template <class T>
-__global__ void __launch_bounds__(WEIGHT_THREADS) weight_gradients(WeightGradientArguments<T> call) {
+__global__ void __launch_bounds__(WEIGHT_THREADS, 1) weight_gradients(WeightGradientArguments<T> call) {
     using A = arithmetic<T>;
     constexpr int UNITS = WEIGHT_OWN_UNITS, C = WEIGHT_OWN_FEATURES, W = FULL_WIDTH<T>;
     auto& tiles = *static_cast<WeightTiles<A>*>(shared_memory());
@@ -209,7 +209,7 @@ struct VectorGradientArguments {
 // db_in = sum_b dpre, dw_out = sum_b dout silu(pre), and db_out = sum_b dout: six columns after those of the hidden layers.
 // Grid (blocks of 32 columns).
 template <class A>
-__global__ void __launch_bounds__(VECTOR_THREADS) vector_gradients(VectorGradientArguments<A> call) {
+__global__ void __launch_bounds__(VECTOR_THREADS, 1) vector_gradients(VectorGradientArguments<A> call) {
     auto& parts = *static_cast<VectorParts<A>*>(shared_memory());
     const int64_t rows = call.sizes.rows, width = call.sizes.hidden();
     const int64_t h = call.sizes.view_units, h_r = call.sizes.router_units;

@@ -29,7 +29,7 @@ __device__ A log_sigmoid(A z) {
 // L = mean[-w (1-p)^gamma log p] + lambda mean[max(0, eta - H(pi))^2], p = sigmoid((r+ - r-) / tau), and its gradients:
 // d/dz [-(1-p)^gamma log p] = (1-p)^gamma (gamma p log p - (1-p)). One block.
 template <class A>
-__global__ void __launch_bounds__(LOSS_THREADS) focal_bradley_terry(LossArguments<A> call) {
+__global__ void __launch_bounds__(LOSS_THREADS, 1) focal_bradley_terry(LossArguments<A> call) {
     // What stands for the log's argument where a softmax underflowed to 0: the smallest normal number.
     constexpr A TINY = std::is_same_v<A, float> ? A(0x1p-126) : A(0x1p-1022);
     const A pairs = A(call.pairs), sequences = A(call.sequences);

@@ -1,4 +1,4 @@
-"""What ptxas said of the CUDA kernels when the module was built; ``python -m tests.cuda.compile_report`` prints the table of
+"""What ptxas said of the CUDA kernels when the module was built; ``python -m tests.cuda.compile_report`` prints the tables of
 docs/cuda.md."""
 
 import re
@@ -82,13 +82,55 @@ VARIANTS = [
 ]
 
 
-def table():
-    """Markdown."""
+# Kernel, template arguments (mangled), threads of a block.
+OTHERS = {
+    ("combine", "f"): 256,
+    ("gate", "f"): 256,
+    ("dots", "13__nv_bfloat16Li8E"): 256,
+    ("spread_means", "13__nv_bfloat16Li8E"): 128,
+    ("spread_attention", "13__nv_bfloat16Li8E"): 128,
+    ("zero_padding", "13__nv_bfloat16Li8E"): 256,
+    ("add_rows", "f"): 256,
+    ("sum_alpha_parts", "f"): 32,
+    ("form_shares", "13__nv_bfloat16Li8E"): 128,
+    ("form_shares", "fLi4E"): 128,
+    ("evaluate", "fLb0E"): 512,
+    ("evaluate", "fLb1E"): 512,
+    ("view_gradients", "13__nv_bfloat16Li8E"): 256,
+    ("view_gradients", "fLi4E"): 256,
+    ("weight_gradients", "13__nv_bfloat16"): 128,
+    ("vector_gradients", "f"): 256,
+    ("focal_bradley_terry", "f"): 512,
+}
+
+
+def of_variant(kernel, arguments):
+    """By architecture."""
+    pattern = f"cuda{len(kernel)}{kernel}I{arguments}E"
+    return {found.arch: found for found in kernels() if pattern in found.name}
+
+
+def others_table():
+    """Markdown: the kernels beside the scans."""
+    head = ["kernel", "of", "threads", *ARCHITECTURES]
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    for (kernel, arguments), threads in OTHERS.items():
+        found = of_variant(kernel, arguments)
+        dtype = "bf16" if "bfloat16" in arguments else "fp32"
+        of = {"evaluatefLb0E": "fp32, forward", "evaluatefLb1E": "fp32, backward"}.get(
+            kernel + arguments, dtype
+        )
+        cells = [f"`{kernel}`", of, threads, *(found[arch].registers for arch in ARCHITECTURES)]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def scans_table():
+    """Markdown: the kernels that read the states, and what they keep under way."""
     head = ["kernel", "for", "threads", "tokens at a time", *ARCHITECTURES, "blocks", "KiB under way"]
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for variant in VARIANTS:
-        pattern = f"cuda{len(variant.kernel)}{variant.kernel}I{variant.arguments}E"
-        found = {kernel.arch: kernel for kernel in kernels() if pattern in kernel.name}
+        found = of_variant(variant.kernel, variant.arguments)
         registers = found["sm_90"].registers
         of_block = variant.threads * (-(-registers // 8) * 8)  # handed out in eights
         blocks = min(REGISTERS // of_block, MOST_THREADS // variant.threads)
@@ -100,4 +142,4 @@ def table():
 
 
 if __name__ == "__main__":
-    print(table())
+    print(scans_table(), others_table(), sep="\n\n")
