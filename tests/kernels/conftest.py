@@ -12,11 +12,14 @@ from adajudge_kernels.backends import BACKENDS, SERVED
 INTERPRETED = (
     os.environ.get("TRITON_INTERPRET") == "1"
 )  # `make test` runs the triton backend so, in its own process
+EMULATED = (
+    compiled.module is not None and compiled.module.emulated
+)  # CUDA kernels on the CPU, in a process of their own too
 SERVES = {
     "reference": ("cpu", "cuda"),
     "cpu": ("cpu",),
     "triton": ("cpu",) if INTERPRETED else ("cuda",),
-    "cuda": ("cpu",) if compiled.module is not None and compiled.module.emulated else ("cuda",),
+    "cuda": ("cpu",) if EMULATED else ("cuda",),
 }
 
 

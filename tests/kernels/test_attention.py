@@ -91,7 +91,7 @@ def test_error_bound_holds_for_grouped_heads_on_any_layout(device, batch, kind, 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("kind", PACKED)
-@dtypes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16] if INTERPRETED else DTYPES)
 def test_error_bound_holds_in_both_directions(causal, kind, dtype, device):
     operation = attend(heads=4, key_heads=2, causal=causal)
     compare(operation, operation.draw(BATCH, 24, 1), BATCH, kind, dtype, device)
@@ -100,7 +100,9 @@ def test_error_bound_holds_in_both_directions(causal, kind, dtype, device):
 @pytest.mark.parametrize(
     ("size", "dtype"),
     # Of one feature in half precision, the rounding of the kept result, over which other heads average, is all there is.
-    [(size, dtype) for size in HEAD_SIZES for dtype in DTYPES if size > 1 or dtype == torch.float32],
+    [(80, torch.float32), (128, torch.bfloat16), (256, torch.float16)]
+    if INTERPRETED
+    else [(size, dtype) for size in HEAD_SIZES for dtype in DTYPES if size > 1 or dtype == torch.float32],
     ids=lambda x: str(x).removeprefix("torch."),
 )
 def test_error_bound_holds_for_any_head_size(size, dtype, device):
@@ -327,7 +329,7 @@ def with_other_keys(xs, slots, value=None):
 
 
 @layouts
-@pytest.mark.parametrize("value", [None, float("nan"), float("inf")], ids=["other", "nan", "inf"])
+@pytest.mark.parametrize("value", [float("nan")] if INTERPRETED else [None, float("nan"), float("inf")])
 def test_a_candidate_changes_no_other_bit(kind, value, device):
     """Nor the prompt's, not even by NaN; nor what reaches the other responses' gradients."""
     layout, source, slots = candidates(kind, device)

@@ -8,6 +8,7 @@ import adajudge_kernels as ak
 from adajudge_kernels import SequenceLayout
 from adajudge_kernels.refinement.ops import residual_rms_norm, sequence_attention, swiglu
 from tests.kernels.batches import Batch
+from tests.kernels.conftest import INTERPRETED
 from tests.kernels.test_attention import gradients, projections
 
 # Malformed calls
@@ -177,7 +178,7 @@ def test_double_backward_is_a_clear_error(form, queries, device):
 
 
 @pytest.mark.parametrize("queries", ["all", "response"])
-@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+@pytest.mark.parametrize("dynamic", [True] if INTERPRETED else [None, True])
 def test_one_full_graph_serves_changing_lengths(queries, dynamic, device):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
