@@ -37,7 +37,7 @@ demo: $(BUILT)
 	$(BIN)/python examples/score.py
 
 test: lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations=5
+	$(BIN)/python -m pytest -n $(WORKERS) --durations=5
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=5 -k triton-cpu \
 		tests/kernels tests/adajudge/test_judge_on_triton.py
 	$(BIN)/python tests/cuda/emulated_module.py

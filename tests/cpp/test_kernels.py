@@ -6,15 +6,21 @@ Without the checks for undefined behaviour: they take minutes together.
 import pytest
 
 from tests.cpp.run import ROOT, build, run
+from tests.once import locked
 
-pytestmark = pytest.mark.xdist_group("cpp")
 FOLDER = ROOT / "build/cpp-test"
 PLACES = ["plain", "cuda-forward", "cuda-random"]
 
 
+def built():
+    """The test program; one worker builds it."""
+    with locked(FOLDER):
+        return build(FOLDER, "address", PLACES)
+
+
 @pytest.fixture(scope="module")
 def program():
-    return build(FOLDER, "address", PLACES)
+    return built()
 
 
 def test_cpu_kernels_agree_with_doubles_and_stay_within_their_buffers(program):

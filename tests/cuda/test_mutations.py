@@ -7,10 +7,8 @@ import pytest
 
 import native_build
 from tests.cpp import test_kernels
-from tests.cpp.run import ROOT, build, run
+from tests.cpp.run import ROOT, run
 from tests.cuda.emulated_module import EMULATION
-
-pytestmark = pytest.mark.xdist_group("cpp")
 
 # What is broken: file, text, what stands there instead; the sources that include it; widths that show it.
 MUTATIONS = {
@@ -85,7 +83,7 @@ MUTATIONS = {
 @pytest.fixture(scope="module")
 def objects():
     """Everything that the test program consists of, and the command that links it."""
-    build(test_kernels.FOLDER, "address", test_kernels.PLACES)
+    test_kernels.built()
     return sorted(test_kernels.FOLDER.rglob("*.o"))
 
 
