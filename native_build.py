@@ -32,8 +32,8 @@ CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")  # the last one as PTX too
 
 WITHOUT = "ADAJUDGE_BUILD_EXT=0 installs the package without the compiled module"
 HINT = (
-    "the compiled module could not be built; what the compiler said is above (it takes g++ 11 or clang++ 14, or later). "
-    + WITHOUT
+    "the compiled module could not be built; what the compiler said is above (it takes g++ 11 or clang++ 14, or later, "
+    "and for the CUDA kernels nvcc 12 or later: ADAJUDGE_BUILD_CUDA=0 leaves those out). " + WITHOUT
 )
 
 

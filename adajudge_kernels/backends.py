@@ -81,8 +81,11 @@ def unavailable_reason(backend: str, family: str | None = None) -> str | None:
         if not _TRITON_INTERPRETED and not torch.cuda.is_available():
             return "torch finds no GPU (with TRITON_INTERPRET=1 triton kernels run on the CPU, slowly)"
     if family is not None and family not in SERVED[backend]:
-        served = ", ".join(SERVED[backend])
-        return f"it has no kernels for {family}, only for {served}; force it with families=({served!r},)"
+        served = SERVED[backend]
+        return (
+            f"it has no kernels for {family}, only for {', '.join(served)}; force it for those alone: "
+            f"use_backend({backend!r}, families={served!r})"
+        )
     return None
 
 

@@ -86,7 +86,7 @@ def test_one_to_eight_depths(operation, depths, device):
 
 @pooling
 @pytest.mark.parametrize(
-    "d", [1, 2, 31, 257, 16384] if INTERPRETED else [1, 2, 3, 31, 257, 1000, 4096, 16384]
+    "d", [1, 2, 31, 257, 16384] if INTERPRETED else [1, 2, 3, 31, 257, 1000, 4096, 5120, 16384]
 )
 def test_any_number_of_features(operation, d, device):
     batch = Batch((2, 0), ((1, 3), (2,)))
