@@ -17,7 +17,6 @@
 #define __device__
 #define __host__
 #define __shared__
-#define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 
 struct uint3 {
@@ -37,9 +36,7 @@ extern dim3 blockDim, gridDim;
 
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 const char* cudaGetErrorString(cudaError_t error);
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 struct cudaLaunchAttribute {};
 struct cudaLaunchConfig_t {
@@ -74,32 +71,14 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
     return emulation::run(*config, [=] { kernel(Parameters(arguments)...); });
 }
-template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
-    return cudaSuccess;
-}
 
 inline void __syncthreads() { emulation::wait_for_block(); }
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
     return emulation::exchanged(value, emulation::lane() ^ mask);
 }
-template <class T>
-T __shfl_sync(unsigned, T value, int from) {
-    return emulation::exchanged(value, from);
-}
 
-inline float __uint_as_float(unsigned bits) {
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-
-
-using std::abs;
 using std::exp;
 using std::fma;
 using std::log;
 using std::log1p;
-using std::pow;

@@ -20,7 +20,7 @@ uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
 namespace adajudge::cuda {
-constexpr std::size_t MOST_SHARED_BYTES = 227 << 10;                 // that a block of Hopper may have
+constexpr std::size_t MOST_SHARED_BYTES = 48 << 10;                  // of a block that has not asked for more
 alignas(128) uint4 shared_bytes[MOST_SHARED_BYTES / sizeof(uint4)];  // the kernels' `extern __shared__`
 }  // namespace adajudge::cuda
 
@@ -185,7 +185,7 @@ cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& k
     threads = blockDim.x * blockDim.y * blockDim.z;
     const uint64_t blocks = uint64_t(gridDim.x) * gridDim.y * gridDim.z;
     reason = "";
-    if (!threads || threads > MOST_THREADS || !blocks || gridDim.y > 65535 || gridDim.z > 65535 ||
+    if (!threads || threads > MOST_THREADS || !blocks || gridDim.x > 0x7fffffff || gridDim.y > 65535 || gridDim.z > 65535 ||
         config.dynamicSmemBytes > sizeof shared_bytes) {
         reason = "this grid or this block is too large or empty";
         return cudaErrorInvalidValue;
