@@ -30,7 +30,7 @@ def test_cpu_kernels_agree_with_doubles_and_stay_within_their_buffers(program):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "features"), [("cuda-forward", ["7", "33", "264"]), ("cuda-random", ["33", "2049", "4104"])]
+    ("schedule", "features"), [("cuda-forward", ["264"]), ("cuda-random", ["33", "4104"])]
 )
 def test_cuda_kernels_agree_with_doubles_and_stay_within_their_buffers(program, schedule, features):
     """Emulated: one warp, several, and rows that no block holds whole."""
