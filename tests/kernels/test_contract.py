@@ -173,7 +173,7 @@ def test_outputs_are_fp32_and_gradients_in_their_inputs_dtype(operation, dtype, 
 
 
 @tokenwise
-@layouts
+@pytest.mark.parametrize("kind", ["packed", "shared"] if INTERPRETED else LAYOUTS)
 def test_two_runs_are_bit_identical(operation, kind, device):
     inputs = operation.draw(LONG, 64, 3)
     layout, source = LONG.lay_out(kind, device)
