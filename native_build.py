@@ -19,7 +19,7 @@ from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent
 
-# Multiplications and additions are fused where the source says so, and nowhere else.
+# In C++, multiplications and additions are fused where the source says so, and nowhere else.
 CXX_FLAGS = [
     *("-std=c++20", "-O3", "-ffp-contract=off", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-Icsrc"),
     *("-Wall", "-Wextra", "-Wno-unused-function", "-Wno-psabi"),

@@ -24,7 +24,7 @@ void launch_scan(const Stream& stream, const char* operation, const ScanArgument
     constexpr std::integral_constant<int, COLUMNS<T>> columns;
     constexpr std::integral_constant<int, 2 * COLUMNS<T>> twice;
     const auto scan_of = [&](auto width, auto depths) {
-        if constexpr (DOUBLED<T, width, depths>)
+        if constexpr (allows_twice(width > 1, depths, sizeof(T)))
             if (plan.columns == twice) return scan_with(width, depths, twice);
         scan_with(width, depths, columns);
     };

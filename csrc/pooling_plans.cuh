@@ -32,8 +32,9 @@ int64_t most_threads(int64_t d, int64_t depths) {
 // Columns of a thread; in the forward, twice as many where a row is too long for them and registers allow it.
 template <class T>
 constexpr int COLUMNS = sizeof(T) < 8 ? 8 : 4;
-template <class T, int W, int K>
-constexpr bool DOUBLED = W > 1 && K <= USUAL_DEPTHS && K * sizeof(T) <= 12;
+constexpr bool allows_twice(bool fast, int64_t depths, std::size_t size) {
+    return fast && depths <= USUAL_DEPTHS && depths * int64_t(size) <= 12;
+}
 
 template <class T>
 RowPlan backward_plan(int64_t d, int64_t depths) {
@@ -43,9 +44,8 @@ RowPlan backward_plan(int64_t d, int64_t depths) {
 template <class T>
 RowPlan forward_plan(int64_t d, int64_t depths) {
     const RowPlan plan = backward_plan<T>(d, depths);
-    const bool doubled = fast_rows<T>(d) && depths <= USUAL_DEPTHS && depths * int64_t(sizeof(T)) <= 12;
-    if (plan.blocks > 1 && doubled && d <= 2 * COLUMNS<T> * most_threads<T>(d, depths)) return whole_row(d, 2 * COLUMNS<T>);
-    return plan;
+    const bool twice = plan.blocks > 1 && allows_twice(fast_rows<T>(d), depths, sizeof(T));
+    return twice && d <= 2 * COLUMNS<T> * most_threads<T>(d, depths) ? whole_row(d, 2 * COLUMNS<T>) : plan;
 }
 
 // body(width, depths), constants: how many numbers a load brings, and K. Fast rows have a kernel for each usual K.

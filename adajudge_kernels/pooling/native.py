@@ -188,10 +188,8 @@ def _views_backward(
         as_arithmetic(bias, acc),
         contiguous(grad_attention),
     )
-    attention, log_sum_exp = (
-        contiguous(attention),
-        contiguous(log_sum_exp),
-    )  # saved: a hook may have moved them
+    # They were saved, and a hook may have moved them.
+    attention, log_sum_exp = contiguous(attention), contiguous(log_sum_exp)
     dstates, dweight = [torch.empty_like(x) for x in states], torch.empty_like(weight)
     compiled.run(
         "views_backward",
