@@ -18,6 +18,16 @@ inline void check(cudaError_t error, const char* operation) {
                                  cudaGetErrorString(error));
 }
 
+// Of the current device.
+inline int device_attribute(cudaDeviceAttr attribute, const char* operation) {
+    int device = 0, value = 0;
+    check(cudaGetDevice(&device), operation);
+    check(cudaDeviceGetAttribute(&value, attribute, device), operation);
+    return value;
+}
+
+constexpr std::size_t USUAL_SHARED_BYTES = 48 << 10;  // more is given to those that ask first
+
 template <class... Parameters, class... Arguments>
 void launch(const Stream& stream, const char* operation, dim3 grid, int threads, std::size_t shared_bytes,
             void (*kernel)(Parameters...), Arguments... arguments) {
@@ -27,6 +37,8 @@ void launch(const Stream& stream, const char* operation, dim3 grid, int threads,
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream.handle);
+    if (shared_bytes > USUAL_SHARED_BYTES)
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), operation);
     check(cudaLaunchKernelEx(&config, kernel, arguments...), operation);
 }
 

@@ -16,7 +16,10 @@ struct Sequence {
     __device__ int length() const { return prompts + responses; }
     __device__ int chunks() const { return (length() + CHUNK_TOKENS - 1) / CHUNK_TOKENS; }
     __device__ int slot(int position) const {
-        return position < first() ? start0 + position : start1 + position - first();
+        return position < first() ? start0 + position : start1 + (position - first());
+    }
+    __device__ int position(int slot) const {
+        return slot >= start0 && slot < stop0 ? slot - start0 : first() + (slot - start1);
     }
 };
 

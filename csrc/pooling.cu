@@ -13,26 +13,45 @@ void launch_combine(const Stream& stream, const char* operation, const CombineAr
     launch(stream, operation, grid, COMBINE_THREADS, COMBINE_THREADS * sizeof(A), combine<A>, call);
 }
 
+// body(width, depths) of the kernel that scans, see `with_kernel`.
+template <class T, bool VIEWS, class Body>
+void with_scan(int64_t d, int64_t depths, Body body) {
+    if constexpr (VIEWS) with_kernel<T>(d, depths, body);
+    else with_width<T>(d, [&](auto width) { body(width, std::integral_constant<int, 1>{}); });
+}
+
+// Stages of the ring, 0 where there is none.
+template <class T, bool VIEWS>
+int scan_stages(int64_t d, int64_t depths, const char* operation) {
+    int stages = 0;
+    with_scan<T, VIEWS>(d, depths, [&](auto width, auto depths) {
+        constexpr int W = width, K = depths, C = RING_COLUMNS<T>;
+        if constexpr (HAS_RING<W, K>)
+            stages = ring_stages<ScanShared<T, W, C, K, true>>(d, whole_row(d, C), SCAN_THREADS<W, K>, operation);
+    });
+    return stages;
+}
+
 template <class T, bool VIEWS>
 void launch_scan(const Stream& stream, const char* operation, const ScanArguments<T>& call) {
     const RowPlan plan = forward_plan<T>(call.features, call.depths);
-    const dim3 grid(unsigned(call.layout.num_chunks), plan.blocks);
     const auto scan_with = [&](auto width, auto depths, auto columns) {
         constexpr int W = width, K = depths, C = columns;
-        launch(stream, operation, grid, plan.threads, sizeof(ScanShared<T, W, C, K>), scan<T, W, C, K, VIEWS>, call);
+        launch(stream, operation, dim3(unsigned(call.layout.num_chunks), plan.blocks), plan.threads,
+               sizeof(ScanShared<T, W, C, K, false>), scan<T, W, C, K, VIEWS>, call);
     };
-    constexpr std::integral_constant<int, COLUMNS<T>> columns;
-    constexpr std::integral_constant<int, 2 * COLUMNS<T>> twice;
-    const auto scan_of = [&](auto width, auto depths) {
+    with_scan<T, VIEWS>(call.features, call.depths, [&](auto width, auto depths) {
+        constexpr int W = width, K = depths, C = RING_COLUMNS<T>;
+        if constexpr (HAS_RING<W, K>)
+            if (call.stages)
+                return launch_ring<ScanShared<T, W, C, K, true>>(stream, operation, whole_row(call.features, C),
+                                                                 ring_scan<T, W, C, K, VIEWS>, call);
+        constexpr std::integral_constant<int, COLUMNS<T>> columns;
+        constexpr std::integral_constant<int, 2 * COLUMNS<T>> twice;
         if constexpr (allows_twice(width > 1, depths, sizeof(T)))
             if (plan.columns == twice) return scan_with(width, depths, twice);
         scan_with(width, depths, columns);
-    };
-    if constexpr (VIEWS) {
-        with_kernel<T>(call.features, call.depths, scan_of);
-    } else {
-        with_width<T>(call.features, [&](auto width) { scan_of(width, std::integral_constant<int, 1>{}); });
-    }
+    });
 }
 
 }  // namespace
@@ -47,6 +66,7 @@ void means(const Means& call, const Stream& stream) {
         scan.layout = call.layout;
         scan.features = int(call.features);
         scan.depths = 1;
+        scan.stages = scan_stages<T, false>(call.features, 1, "means");
         scan.reads_prompts = call.prompt || call.all;
         scan.reads_responses = call.response || call.all;
         scan.states.of[0] = static_cast<const T*>(call.hidden);
@@ -81,12 +101,14 @@ void views(const Views& call, const Stream& stream) {
         using T = decltype(stored);
         using A = arithmetic<T>;
         const int64_t chunks = call.layout.num_chunks, d = call.features;
-        const bool wide = forward_plan<T>(d, call.depths).blocks > 1;
+        const int stages = scan_stages<T, true>(d, call.depths, "views");
+        const bool wide = !stages && forward_plan<T>(d, call.depths).blocks > 1;
         const Scratch<A> scratch(stream, {chunks * d, chunks * d, chunks, chunks, wide ? chunks * CHUNK_TOKENS : 0});
         ScanArguments<T> scan{};
         scan.layout = call.layout;
         scan.features = int(d);
         scan.depths = int(call.depths);
+        scan.stages = stages;
         scan.states = Tensors<const T>::from(call.states, call.depths);
         scan.alpha = static_cast<const A*>(call.alpha);
         scan.weight = static_cast<const A*>(call.weight);

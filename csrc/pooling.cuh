@@ -5,6 +5,7 @@
 
 #include "block.cuh"
 #include "layout.cuh"
+#include "row_ring.cuh"
 
 namespace adajudge::cuda {
 
@@ -21,10 +22,11 @@ struct StoredStates {
     using A = arithmetic<T>;
     Stored<T, W> of[K][C / W];
 
-    // Zeros where they are not wanted.
-    __device__ void load(const Tensors<const T>& states, int64_t row, const Columns<W, C>& columns, int depths, bool wanted) {
+    // From the rows that row(k) points to; zeros where they are not wanted.
+    template <class Row>
+    __device__ void load(Row row, const Columns<W, C>& columns, int depths, bool wanted) {
 #pragma unroll
-        for (int k = 0; k < K; ++k) columns.load_stored(states.of[k] + row, wanted && (K < MAX_DEPTHS || k < depths), of[k]);
+        for (int k = 0; k < K; ++k) columns.load_stored(row(k), wanted && (K < MAX_DEPTHS || k < depths), of[k]);
     }
 
     __device__ void widen(int k, A (&to)[C]) const {
@@ -62,34 +64,53 @@ struct ScanArguments {
     Tensors<const T> states;
     const A *alpha, *weight, *bias;  // alpha null: the first state as it is
     const A* logits;                 // [N * CHUNK_TOKENS] of rows that no block holds whole, else null
+    int stages;                      // of `ring_scan`
     A* last;                         // [B, d] or null
     A *prompt_sums, *response_sums;  // [N, d]; the responses' null where nobody wants them
     A *weighted, *tops, *totals;     // [N, d], [N], [N]: sum of exp(logit - top) h, top, sum of exp(logit - top)
 };
 
-// Tokens that a block works on together: with more, more loads are under way and fewer barriers needed, until registers
-// run out.
-template <class T, int C, int K>
-constexpr int SCAN_TOKENS = K * C * int(sizeof(T)) <= 48 ? 32 / C : K * C * int(sizeof(T)) <= 96 ? 16 / C : 1;
+// Tokens that a block works on together. With more, more loads are under way and fewer barriers needed, until registers run
+// out; where a ring holds what is under way, two suffice, while a step's bytes leave room for other stages.
+template <class T, int C, int K, bool RING>
+constexpr int SCAN_TOKENS = [] {
+    constexpr int token_bytes = K * C * int(sizeof(T));  // of a thread
+    if (RING) return token_bytes <= 96 ? 2 : 1;
+    return token_bytes <= 48 ? 32 / C : token_bytes <= 96 ? 16 / C : 1;
+}();
 
-template <class T, int W, int C, int K>
-struct ScanShared {
-    BlockSums<arithmetic<T>, SCAN_TOKENS<T, C, K>, SCAN_THREADS<W, K> / WARP> logits;
+template <class T, int W, int C, int K, bool RING>
+struct alignas(16) ScanShared {
+    static constexpr int TOKENS = SCAN_TOKENS<T, C, K, RING>;
+    using Ring = RowRing<T, TOKENS, K>;  // that follows in shared memory, if there is one
+    BlockSums<arithmetic<T>, TOKENS, SCAN_THREADS<W, K> / WARP> logits;
     int8_t roles[CHUNK_TOKENS];
 };
 
-// Grid (chunks, blocks of features: 1 unless the logits are given). VIEWS: the attention view, the response mean, the last
-// row; without: sums of prompts and responses of one state.
-template <class T, int W, int C, int K, bool VIEWS>
-__global__ void __launch_bounds__(SCAN_THREADS<W, K>, 1) scan(ScanArguments<T> call) {
+template <class T, int W, int C, int K, bool VIEWS, bool RING>
+__device__ void scan_chunk(const ScanArguments<T>& call) {
     using A = arithmetic<T>;
-    constexpr int TOKENS = SCAN_TOKENS<T, C, K>;
-    auto& shared = *static_cast<ScanShared<T, W, C, K>*>(shared_memory());
+    using Shared = ScanShared<T, W, C, K, RING>;
+    constexpr int TOKENS = Shared::TOKENS;
+    auto& shared = *static_cast<Shared*>(shared_memory());
     const int64_t index = blockIdx.x, d = call.features;
     const Chunk chunk = chunk_at(call.layout, index);
     const Sequence& s = chunk.sequence;
     const Columns<W, C> columns(call.features);
+    typename Shared::Ring ring(&shared + 1, RING ? call.stages : 0, call.features);
     load_roles(call.layout, chunk, shared.roles);
+    const auto start_of = [&](int token) { return s.slot(chunk.begin + token) * d; };
+    const auto is_response = [&](int token) { return token < chunk.count && shared.roles[token] == RESPONSE; };
+    const auto is_seen = [&](int token) {
+        return token < chunk.count && (is_response(token) ? call.reads_responses : call.reads_prompts);
+    };
+    const auto ask = [&](int step) {
+        if (threadIdx.x == 0 && step < chunk.count)
+            ring.ask(call.states, [&](int t) { return is_seen(step + t); }, [&](int t) { return start_of(step + t); });
+    };
+    if constexpr (RING)
+        for (int stage = 0; stage < call.stages; ++stage) ask(stage * TOKENS);
+    const int last = call.last ? s.position(s.last_response) - chunk.begin : -1;  // of the chunk's tokens, if it is one
     A alpha[K], w[C], bias = 0;
     load_depth_weights<K>(call.alpha, chunk.sequence_index, call.depths, alpha);
     if constexpr (VIEWS) {
@@ -102,22 +123,23 @@ __global__ void __launch_bounds__(SCAN_THREADS<W, K>, 1) scan(ScanArguments<T> c
         A h[TOKENS][C], logits[TOKENS];
         bool seen[TOKENS], response[TOKENS];
         StoredStates<T, W, C, K> states[TOKENS];
+        if constexpr (RING) ring.wait();
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
-            const bool valid = step + t < chunk.count;
-            const int slot = s.slot(chunk.begin + step + t);
-            response[t] = valid && shared.roles[step + t] == RESPONSE;
-            seen[t] = valid && (response[t] ? call.reads_responses : call.reads_prompts);
-            states[t].load(call.states, slot * d, columns, call.depths, seen[t]);
+            const int64_t start = start_of(step + t);
+            response[t] = is_response(step + t);
+            seen[t] = is_seen(step + t);
+            const auto row = [&](int k) { return RING ? ring.row(t, k) : call.states.of[k] + start; };
+            states[t].load(row, columns, call.depths, seen[t]);
         }
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
             states[t].mix(alpha, h[t]);
-            if (VIEWS && call.last && seen[t] && s.slot(chunk.begin + step + t) == s.last_response)
+            if (VIEWS && step + t == last)
                 columns.store(call.last + chunk.sequence_index * d, h[t]);
         }
         if constexpr (VIEWS) {
-            if (call.logits) {
+            if (!RING && call.logits) {
 #pragma unroll
                 for (int t = 0; t < TOKENS; ++t) logits[t] = seen[t] ? call.logits[index * CHUNK_TOKENS + step + t] : A(0);
             } else {
@@ -128,6 +150,7 @@ __global__ void __launch_bounds__(SCAN_THREADS<W, K>, 1) scan(ScanArguments<T> c
                     for (int c = 0; c < C; ++c) logits[t] = multiply_add(h[t][c], w[c], logits[t]);
                 }
                 shared.logits.sum(logits, step / TOKENS);
+                if constexpr (RING) ask(step + call.stages * TOKENS);
             }
             A above = top;
 #pragma unroll
@@ -161,6 +184,10 @@ __global__ void __launch_bounds__(SCAN_THREADS<W, K>, 1) scan(ScanArguments<T> c
             responses[c] += response_sum;
             prompts[c] += prompt_sum;
         }
+        if constexpr (RING && !VIEWS) {
+            __syncthreads();
+            ask(step + call.stages * TOKENS);
+        }
     }
     if (call.response_sums) columns.store(call.response_sums + index * d, responses);
     if constexpr (VIEWS) {
@@ -172,6 +199,23 @@ __global__ void __launch_bounds__(SCAN_THREADS<W, K>, 1) scan(ScanArguments<T> c
     } else {
         columns.store(call.prompt_sums + index * d, prompts);
     }
+}
+
+// Grid (chunks, blocks of features: 1 unless the logits are given). VIEWS: the attention view, the response mean, the last
+// row; without: sums of prompts and responses of one state.
+template <class T, int W, int C, int K, bool VIEWS>
+__global__ void __launch_bounds__(SCAN_THREADS<W, K>, 1) scan(ScanArguments<T> call) {
+    scan_chunk<T, W, C, K, VIEWS, false>(call);
+}
+
+// The same, states by the copy engine. Grid (chunks).
+template <class T, int W, int C, int K, bool VIEWS>
+__global__ void __launch_bounds__(SCAN_THREADS<W, K>, 1) ring_scan(ScanArguments<T> call) {
+#if ADAJUDGE_HAS_COPY_ENGINE
+    scan_chunk<T, W, C, K, VIEWS, true>(call);
+#else
+    __trap();  // see `uses_copy_engine`
+#endif
 }
 
 // -- Sequences from their chunks --------------------------------------------------------------------------------

@@ -22,12 +22,29 @@ void launch_spread(const Stream& stream, const char* operation, int width, Kerne
     launch(stream, operation, grid, SPREAD_THREADS, 0, kernel, call);
 }
 
+// Stages of the ring, 0 where there is none.
+template <class T>
+int scan_backward_stages(int64_t d, int64_t depths, const RowPlan& plan) {
+    int stages = 0;
+    with_kernel<T>(d, depths, [&](auto width, auto depths) {
+        constexpr int W = width, K = depths, C = COLUMNS<T>;
+        if constexpr (HAS_RING<W, K>)
+            if (plan.blocks == 1)
+                stages = ring_stages<ScanBackwardShared<T, W, C, K>>(d, plan, SCAN_THREADS<W, K>, "views_backward");
+    });
+    return stages;
+}
+
 template <class T>
 void launch_scan_backward(const Stream& stream, const RowPlan& plan, const ScanBackwardArguments<T>& call) {
     with_kernel<T>(call.features, call.depths, [&](auto width, auto depths) {
         constexpr int W = width, K = depths, C = COLUMNS<T>;
-        launch(stream, "views_backward", dim3(unsigned(call.layout.num_chunks), plan.blocks), plan.threads,
-               sizeof(ScanBackwardShared<T, W, C, K>), scan_backward<T, W, C, K>, call);
+        using Shared = ScanBackwardShared<T, W, C, K>;
+        if constexpr (HAS_RING<W, K>)
+            if (call.stages)
+                return launch_ring<Shared>(stream, "views_backward", plan, ring_scan_backward<T, W, C, K>, call);
+        launch(stream, "views_backward", dim3(unsigned(call.layout.num_chunks), plan.blocks), plan.threads, sizeof(Shared),
+               scan_backward<T, W, C, K>, call);
     });
 }
 
@@ -63,6 +80,7 @@ void views_backward(const ViewsBackward& call, const Stream& stream) {
         scan.layout = layout;
         scan.features = int(d);
         scan.depths = int(depths);
+        scan.stages = scan_backward_stages<T>(d, depths, plan);
         scan.response_only = call.response_only;
         scan.shared = shared;
         scan.states = Tensors<const T>::from(call.states, depths);

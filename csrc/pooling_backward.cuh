@@ -16,6 +16,7 @@ struct ScanBackwardArguments {
     Tensors<T> grad_states;
     const A *alpha, *weight, *bias;  // alpha null: one state as it is, and no views but attention
     const A *logits, *grad_dots;     // [N * CHUNK_TOKENS] of rows that no block holds whole, else null
+    int stages;                      // of `ring_scan_backward`
     const A *grad_last, *grad_mean, *grad_attention, *pooled, *log_sum_exp;
     A *betas, *grad_logits;          // [N * CHUNK_TOKENS] where prompts are shared
     A *grad_alpha_parts;             // [N, blocks of features, K]
@@ -27,26 +28,40 @@ template <class T, int C, int K>
 constexpr int BACKWARD_TOKENS = K * C * int(sizeof(T)) <= 48 ? 2 : 1;
 
 template <class T, int W, int C, int K>
-struct ScanBackwardShared {
-    BlockSums<arithmetic<T>, 2 * BACKWARD_TOKENS<T, C, K>, SCAN_THREADS<W, K> / WARP> dots;
+struct alignas(16) ScanBackwardShared {
+    static constexpr int TOKENS = BACKWARD_TOKENS<T, C, K>;
+    using Ring = RowRing<T, TOKENS, K>;  // that follows in shared memory, if there is one
+    BlockSums<arithmetic<T>, 2 * TOKENS, SCAN_THREADS<W, K> / WARP> dots;
     BlockSums<arithmetic<T>, MAX_DEPTHS, SCAN_THREADS<W, K> / WARP> grad_alpha;
     int8_t roles[CHUNK_TOKENS];
 };
 
 // g_t = [t = tau] g_L + m_t / n g_M + beta_t g_A + dlogit_t w with dlogit_t = beta_t (g_A . (h_t - z_A));
 // dH_k,t = alpha_k g_t, dalpha_k = sum_t g_t . H_k,t, dw = sum_t dlogit_t (h_t - z_A): the dlogit of a sequence sum to zero,
-// and so a mean of its states need not cancel. Grid (chunks, blocks of features: 1 unless the logits are given).
-template <class T, int W, int C, int K>
-__global__ void __launch_bounds__(SCAN_THREADS<W, K>, 1) scan_backward(ScanBackwardArguments<T> call) {
+// and so a mean of its states need not cancel.
+template <class T, int W, int C, int K, bool RING>
+__device__ void scan_chunk_backward(const ScanBackwardArguments<T>& call) {
     using A = arithmetic<T>;
-    constexpr int TOKENS = BACKWARD_TOKENS<T, C, K>;
-    auto& shared = *static_cast<ScanBackwardShared<T, W, C, K>*>(shared_memory());
+    using Shared = ScanBackwardShared<T, W, C, K>;
+    constexpr int TOKENS = Shared::TOKENS;
+    auto& shared = *static_cast<Shared*>(shared_memory());
     const int64_t index = blockIdx.x, d = call.features;
     const Chunk chunk = chunk_at(call.layout, index);
     const Sequence& s = chunk.sequence;
     const int64_t b = chunk.sequence_index;
     const Columns<W, C> columns(call.features);
+    typename Shared::Ring ring(&shared + 1, RING ? call.stages : 0, call.features);
     load_roles(call.layout, chunk, shared.roles);
+    const auto start_of = [&](int token) { return s.slot(chunk.begin + token) * d; };
+    const auto is_response = [&](int token) { return token < chunk.count && shared.roles[token] == RESPONSE; };
+    const auto is_seen = [&](int token) { return token < chunk.count && (!call.response_only || is_response(token)); };
+    const auto ask = [&](int step) {
+        if (threadIdx.x == 0 && step < chunk.count)
+            ring.ask(call.states, [&](int t) { return is_seen(step + t); }, [&](int t) { return start_of(step + t); });
+    };
+    if constexpr (RING)
+        for (int stage = 0; stage < call.stages; ++stage) ask(stage * TOKENS);
+    const int last = call.grad_last ? s.position(s.last_response) - chunk.begin : -1;  // of the chunk's tokens, if it is one
     A alpha[K], w[C], grad[C], pooled[C], grad_mean[C] = {}, grad_weight[C] = {}, grad_alpha[MAX_DEPTHS] = {};
     load_depth_weights<K>(call.alpha, b, call.depths, alpha);
     columns.load(call.weight, w);
@@ -63,14 +78,15 @@ __global__ void __launch_bounds__(SCAN_THREADS<W, K>, 1) scan_backward(ScanBackw
         A centred[TOKENS][C], dots[2 * TOKENS] = {};  // h - z_A; w . h and g_A . (h - z_A)
         int64_t rows[TOKENS];
         bool valid[TOKENS], seen[TOKENS], response[TOKENS];
+        if constexpr (RING) ring.wait();
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
-            const int slot = s.slot(chunk.begin + step + t);
-            rows[t] = slot * d;
+            rows[t] = start_of(step + t);
             valid[t] = step + t < chunk.count;
-            response[t] = valid[t] && shared.roles[step + t] == RESPONSE;
-            seen[t] = valid[t] && (!call.response_only || response[t]);
-            states[t].load(call.states, rows[t], columns, call.depths, seen[t]);
+            response[t] = is_response(step + t);
+            seen[t] = is_seen(step + t);
+            const auto row = [&](int k) { return RING ? ring.row(t, k) : call.states.of[k] + rows[t]; };
+            states[t].load(row, columns, call.depths, seen[t]);
         }
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
@@ -83,7 +99,7 @@ __global__ void __launch_bounds__(SCAN_THREADS<W, K>, 1) scan_backward(ScanBackw
                 dots[2 * t + 1] = multiply_add(centred[t][c], grad[c], dots[2 * t + 1]);
             }
         }
-        if (call.logits) {
+        if (!RING && call.logits) {
 #pragma unroll
             for (int t = 0; t < TOKENS; ++t) {
                 const int64_t place = index * CHUNK_TOKENS + step + t;
@@ -92,6 +108,7 @@ __global__ void __launch_bounds__(SCAN_THREADS<W, K>, 1) scan_backward(ScanBackw
             }
         } else {
             shared.dots.sum(dots, step / TOKENS);
+            if constexpr (RING) ask(step + call.stages * TOKENS);
         }
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
@@ -103,7 +120,7 @@ __global__ void __launch_bounds__(SCAN_THREADS<W, K>, 1) scan_backward(ScanBackw
                 g[c] = (response[t] ? grad_mean[c] : A(0)) + (seen[t] ? multiply_add(beta, grad[c], grad_logit * w[c]) : A(0));
                 if (seen[t]) grad_weight[c] = multiply_add(grad_logit, centred[t][c], grad_weight[c]);
             }
-            if (call.grad_last && valid[t] && s.slot(chunk.begin + step + t) == s.last_response) {
+            if (step + t == last) {
                 A grad_last[C];
                 columns.load(call.grad_last + b * d, grad_last);
 #pragma unroll
@@ -136,6 +153,22 @@ __global__ void __launch_bounds__(SCAN_THREADS<W, K>, 1) scan_backward(ScanBackw
         for (int k = 0; k < MAX_DEPTHS; ++k)
             if (int(threadIdx.x) == k && k < call.depths) parts[k] = grad_alpha[k];
     }
+}
+
+// Grid (chunks, blocks of features: 1 unless the logits are given).
+template <class T, int W, int C, int K>
+__global__ void __launch_bounds__(SCAN_THREADS<W, K>, 1) scan_backward(ScanBackwardArguments<T> call) {
+    scan_chunk_backward<T, W, C, K, false>(call);
+}
+
+// The same, states by the copy engine. Grid (chunks).
+template <class T, int W, int C, int K>
+__global__ void __launch_bounds__(SCAN_THREADS<W, K>, 1) ring_scan_backward(ScanBackwardArguments<T> call) {
+#if ADAJUDGE_HAS_COPY_ENGINE
+    scan_chunk_backward<T, W, C, K, true>(call);
+#else
+    __trap();  // see `uses_copy_engine`
+#endif
 }
 
 template <class A>

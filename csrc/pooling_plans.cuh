@@ -1,6 +1,8 @@
 // Which kernel of the pooling family serves a call: widths of loads, columns of a thread, threads of a block.
 #pragma once
 
+#include <algorithm>
+
 #include "launch.cuh"
 #include "pooling.cuh"
 
@@ -67,6 +69,49 @@ void with_kernel(int64_t d, int64_t depths, Body body) {
     constexpr integral_constant<int, 1> one;
     if (depths == 1) return body(one, one);
     body(one, integral_constant<int, MAX_DEPTHS>{});
+}
+
+// -- Rows by the copy engine ----------------------------------------------------------------------------------------
+
+// Columns of a thread: registers hold little of what is under way, so there is room for the sums of twice as many, and two
+// blocks of the usual widths share a multiprocessor: one starts and ends while the other reads.
+template <class T>
+constexpr int RING_COLUMNS = 2 * COLUMNS<T>;
+constexpr int MOST_STAGES = 8;
+template <int W, int K>
+constexpr bool HAS_RING = W > 1 && K <= USUAL_DEPTHS;
+
+// Whether the device at hand has a copy engine, and the kernels that use it were compiled for it: for its major capability.
+inline bool uses_copy_engine(const char* operation) {
+#if ADAJUDGE_HAS_COPY_ENGINE
+    const int capability = device_attribute(cudaDevAttrComputeCapabilityMajor, operation);
+    for (int compiled_for : {__CUDA_ARCH_LIST__})
+        if (compiled_for / 100 == capability) return capability >= 9 && capability < 12;
+#endif
+    return false;
+}
+
+// Stages of a ring that follows `Shared`: as many as fit if the blocks that registers allow share a multiprocessor, or fewer
+// blocks, as one stage alone brings nothing. 0: there is no copy engine, or not enough memory, or rows are too long.
+template <class Shared>
+int ring_stages(int64_t d, const RowPlan& plan, int most_threads, const char* operation) {
+    if (plan.threads > most_threads || !uses_copy_engine(operation)) return 0;
+    const int64_t of_block = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, operation);
+    const int64_t of_device = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, operation);
+    const int64_t reserved = device_attribute(cudaDevAttrReservedSharedMemoryPerBlock, operation);
+    for (int blocks = most_threads / plan.threads; blocks; --blocks) {
+        const int64_t room = std::min(of_block, of_device / blocks - reserved) - int64_t(sizeof(Shared));
+        const int64_t stages = std::min<int64_t>(MOST_STAGES, room / Shared::Ring::bytes(1, d));
+        if (stages > 1) return int(stages);
+    }
+    return 0;
+}
+
+template <class Shared, class Kernel, class Arguments>
+void launch_ring(const Stream& stream, const char* operation, const RowPlan& plan, Kernel kernel, const Arguments& call) {
+    const std::size_t bytes = sizeof(Shared) + Shared::Ring::bytes(call.stages, call.features);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared), operation);
+    launch(stream, operation, dim3(unsigned(call.layout.num_chunks)), plan.threads, bytes, kernel, call);
 }
 
 template <class T>

@@ -24,15 +24,16 @@ int main(int count, char** arguments) {
             std::printf("%s: this processor lacks it\n", place.c_str());
             continue;
         }
+        const bool on_cuda = place.rfind("cuda", 0) == 0;
         for (int64_t features : widths) {
             // Rows that no CUDA block holds whole. To the CPU a row is a row.
-            if (features == 4100 && place.rfind("cuda", 0) != 0) continue;
+            if (features == 4100 && !on_cuda) continue;
             // Several threads work only where there are enough numbers for them: large layouts for the large width.
             const int64_t batch = features > 2000 ? 2 : features > 500 ? 6 : 3;
             const Tokens layouts[] = {Tokens::packed(batch), Tokens::padded(batch), Tokens::shared(batch / 2), Tokens::packed(0)};
             for (const Tokens& tokens : layouts)
                 for (const Dtype dtype : {Dtype::float64, Dtype::float32, Dtype::bfloat16, Dtype::float16})
-                    for (int threads : {1, 2, 3})
+                    for (int threads : on_cuda ? std::vector{1} : std::vector{1, 2, 3})
                         for (const auto& [name, run] : Case::all()) {
                             where = std::string(name) + " on " + place + ", " + dtype_names[int(dtype)] + ", " +
                                     tokens.name + ", d=" + std::to_string(features) + ", " + std::to_string(threads) + " threads";

@@ -1,14 +1,24 @@
-// Where the cases run: instruction sets of this processor, and CUDA devices emulated with several schedules.
+// Where the cases run: instruction sets of this processor, and CUDA devices emulated, with several schedules of their threads.
 #include "../cuda/emulation/emulation.h"
 #include "testing.h"
 
 namespace testing {
 namespace {
 
-const std::pair<const char*, emulation::Schedule> SCHEDULES[] = {
-    {"cuda-forward", emulation::Schedule::forward},
-    {"cuda-backward", emulation::Schedule::backward},
-    {"cuda-random", emulation::Schedule::random},
+struct Emulated {
+    const char* name;
+    emulation::Device device;
+    emulation::Schedule schedule;
+};
+
+// Of compute capability 8.0, and of 9.0, which has a copy engine.
+const Emulated DEVICES[] = {
+    {"cuda80-forward", emulation::AMPERE, emulation::Schedule::forward},
+    {"cuda80-backward", emulation::AMPERE, emulation::Schedule::backward},
+    {"cuda80-random", emulation::AMPERE, emulation::Schedule::random},
+    {"cuda90-forward", emulation::HOPPER, emulation::Schedule::forward},
+    {"cuda90-backward", emulation::HOPPER, emulation::Schedule::backward},
+    {"cuda90-random", emulation::HOPPER, emulation::Schedule::random},
 };
 
 bool on_cuda = false;
@@ -36,9 +46,10 @@ void run(const Call& call, void (*on_cpu)(const Call&), void (*on_device)(const 
 }  // namespace
 
 bool use_place(const std::string& name) {
-    for (const auto& [schedule_name, schedule] : SCHEDULES)
-        if (name == schedule_name) {
-            emulation::use_schedule(schedule, 1);
+    for (const Emulated& emulated : DEVICES)
+        if (name == emulated.name) {
+            emulation::use_device(emulated.device);
+            emulation::use_schedule(emulated.schedule, 1);
             return on_cuda = true;
         }
     on_cuda = false;
@@ -48,7 +59,7 @@ bool use_place(const std::string& name) {
 std::vector<std::string> places() {
     std::vector<std::string> names;
     for (const char* const* level = adajudge::levels(); *level; ++level) names.push_back(*level);
-    for (const auto& [name, schedule] : SCHEDULES) names.push_back(name);
+    for (const Emulated& emulated : DEVICES) names.push_back(emulated.name);
     return names;
 }
 

@@ -1,6 +1,7 @@
 """Builds and runs the C++ test of the kernels: ``python tests/cpp/run.py --sanitize address,undefined --places plain``.
 
-CUDA kernels run too, emulated on the CPU (tests/cuda/emulation), in three schedules of their threads.
+CUDA kernels run too, emulated on the CPU (tests/cuda/emulation): for devices without and with a copy engine, in three
+schedules of their threads.
 
 CXX, CXXFLAGS and MAX_JOBS as for the module; a cross compiler's program runs under what ``--under`` names.
 """
@@ -55,7 +56,7 @@ def main() -> int:
         "--places",
         nargs="+",
         default=[],
-        help="instruction sets, and cuda-forward, cuda-backward, cuda-random; default all that the processor has",
+        help="instruction sets, and cuda80 or cuda90 with -forward, -backward, -random; default all there are",
     )
     parser.add_argument("--features", nargs="+", default=[], help="widths of rows, default from 1 to 4100")
     parser.add_argument("--under", default="", help="an emulator's command")

@@ -9,7 +9,7 @@ from tests.cpp.run import ROOT, build, run
 from tests.once import locked
 
 FOLDER = ROOT / "build/cpp-test"
-PLACES = ["plain", "cuda-forward", "cuda-random"]
+PLACES = ["plain", "cuda80-random", "cuda90-random"]
 
 
 def built():
@@ -30,9 +30,10 @@ def test_cpu_kernels_agree_with_doubles_and_stay_within_their_buffers(program):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "features"), [("cuda-forward", ["264"]), ("cuda-random", ["33", "4104"])]
+    ("place", "features"),
+    [("cuda80-forward", ["264"]), ("cuda90-backward", ["264"]), ("cuda80-random", ["33", "4104"])],
 )
-def test_cuda_kernels_agree_with_doubles_and_stay_within_their_buffers(program, schedule, features):
-    """Emulated: one warp, several, and rows that no block holds whole."""
-    result = run(program, [schedule], features)
+def test_cuda_kernels_agree_with_doubles_and_stay_within_their_buffers(program, place, features):
+    """Emulated: one warp, several, rows by the copy engine, and rows that no block holds whole."""
+    result = run(program, [place], features)
     assert result.returncode == 0, result.stdout + result.stderr

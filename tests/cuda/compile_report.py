@@ -11,7 +11,11 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
-REGISTERS, MOST_THREADS = 65536, 2048  # of a multiprocessor of sm_90
+# Of a multiprocessor of sm_90.
+REGISTERS, MOST_THREADS = 65536, 2048
+SHARED_OF_BLOCK, SHARED_OF_MULTIPROCESSOR, SHARED_RESERVED = 227 << 10, 228 << 10, 1 << 10
+# csrc/pooling_plans.cuh; what a block has beside its ring, at most.
+MOST_SCAN_THREADS, MOST_STAGES, SHARED_OF_SUMS = 512, 8, 2 << 10
 
 
 class Kernel(NamedTuple):
@@ -45,40 +49,86 @@ def kernels():
 
 
 class Variant(NamedTuple):
-    """A row of the table: a kernel's template arguments, what it is used for, how a block of it loads."""
+    """A row of the tables: a kernel that reads states, and what it is used for; figures as in csrc/pooling*.cuh."""
 
     kernel: str
-    arguments: str  # mangled
-    use: str
-    threads: int
-    tokens: int  # whose states are under way together
-    row_bytes: int  # of one token that a thread loads: K states, its columns
+    dtype: str
+    columns: int  # of a thread
+    depths: int
+    features: int
 
     @property
-    def in_flight(self):
-        return self.threads * self.tokens * self.row_bytes
+    def ring(self):
+        return self.kernel.startswith("ring")
 
+    @property
+    def size(self):
+        return 2 if self.dtype == "bf16" else 4
 
-def scan(kernel, dtype, columns, depths, features, tokens):
-    size = 2 if dtype == "bf16" else 4
-    mangled = {"bf16": "13__nv_bfloat16", "fp32": "f"}[dtype]
-    arguments = f"{mangled}Li{16 // size}ELi{columns}ELi{depths}E" + ("Lb1E" if kernel == "scan" else "")
-    use = f"{dtype}, d = {features}, K = {depths}"
-    return Variant(kernel, arguments, use, features // columns, tokens, depths * columns * size)
+    @property
+    def arguments(self):
+        """Of the template, mangled."""
+        mangled = {"bf16": "13__nv_bfloat16", "fp32": "f"}[self.dtype]
+        views = "" if self.kernel.endswith("backward") else "Lb1E"
+        return f"{mangled}Li{16 // self.size}ELi{self.columns}ELi{self.depths}E{views}"
+
+    @property
+    def use(self):
+        return f"{self.dtype}, d = {self.features}, K = {self.depths}"
+
+    @property
+    def threads(self):
+        return self.features // self.columns
+
+    @property
+    def tokens(self):
+        """SCAN_TOKENS, BACKWARD_TOKENS."""
+        of_thread = self.depths * self.columns * self.size
+        if self.kernel.endswith("backward"):
+            return 2 if of_thread <= 48 else 1
+        if self.ring:
+            return 2 if of_thread <= 96 else 1
+        return 32 // self.columns if of_thread <= 48 else 16 // self.columns if of_thread <= 96 else 1
+
+    @property
+    def step_bytes(self):
+        return self.tokens * self.depths * self.features * self.size
+
+    def blocks_and_stages(self):
+        """``ring_stages``, which blocks fit by their registers, on a multiprocessor of sm_90."""
+        for blocks in range(MOST_SCAN_THREADS // self.threads, 0, -1):
+            room = min(SHARED_OF_BLOCK, SHARED_OF_MULTIPROCESSOR // blocks - SHARED_RESERVED) - SHARED_OF_SUMS
+            stages = min(MOST_STAGES, room // (self.step_bytes + 8))
+            if stages > 1:
+                return blocks, stages
+        raise ValueError(f"{self} has no ring")
 
 
 VARIANTS = [
-    scan("scan", "bf16", 8, 1, 4096, 4),
-    scan("scan", "bf16", 8, 2, 4096, 4),
-    scan("scan", "bf16", 8, 3, 4096, 4),
-    scan("scan", "bf16", 8, 4, 4096, 2),
-    scan("scan", "bf16", 16, 3, 8192, 2),
-    scan("scan", "fp32", 8, 3, 4096, 2),
-    scan("scan_backward", "bf16", 8, 1, 4096, 2),
-    scan("scan_backward", "bf16", 8, 2, 4096, 2),
-    scan("scan_backward", "bf16", 8, 3, 4096, 2),
-    scan("scan_backward", "bf16", 8, 4, 4096, 1),
-    scan("scan_backward", "fp32", 8, 3, 4096, 1),
+    Variant("scan", "bf16", 8, 1, 4096),
+    Variant("scan", "bf16", 8, 2, 4096),
+    Variant("scan", "bf16", 8, 3, 4096),
+    Variant("scan", "bf16", 8, 4, 4096),
+    Variant("scan", "bf16", 16, 3, 8192),
+    Variant("scan", "fp32", 8, 3, 4096),
+    Variant("scan_backward", "bf16", 8, 1, 4096),
+    Variant("scan_backward", "bf16", 8, 2, 4096),
+    Variant("scan_backward", "bf16", 8, 3, 4096),
+    Variant("scan_backward", "bf16", 8, 4, 4096),
+    Variant("scan_backward", "fp32", 8, 3, 4096),
+]
+RINGS = [
+    Variant("ring_scan", "bf16", 16, 1, 4096),
+    Variant("ring_scan", "bf16", 16, 3, 1024),
+    Variant("ring_scan", "bf16", 16, 3, 4096),
+    Variant("ring_scan", "bf16", 16, 4, 4096),
+    Variant("ring_scan", "bf16", 16, 3, 8192),
+    Variant("ring_scan", "fp32", 16, 3, 4096),
+    Variant("ring_scan_backward", "bf16", 8, 1, 4096),
+    Variant("ring_scan_backward", "bf16", 8, 3, 1024),
+    Variant("ring_scan_backward", "bf16", 8, 3, 4096),
+    Variant("ring_scan_backward", "bf16", 8, 4, 4096),
+    Variant("ring_scan_backward", "fp32", 8, 3, 4096),
 ]
 
 
@@ -110,36 +160,53 @@ def of_variant(kernel, arguments):
     return {found.arch: found for found in kernels() if pattern in found.name}
 
 
+def rows_table(head, rows):
+    """Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def scans_table():
+    """Markdown: the kernels that read the states, and what they keep under way."""
+    head = ["kernel", "for", "threads", "tokens at a time", *ARCHITECTURES, "blocks", "KiB under way"]
+    rows = []
+    for variant in VARIANTS:
+        found = of_variant(variant.kernel, variant.arguments)
+        registers = found["sm_90"].registers
+        of_block = variant.threads * (-(-registers // 8) * 8)  # handed out in eights
+        blocks = min(REGISTERS // of_block, MOST_THREADS // variant.threads)
+        of_archs = [found[arch].registers for arch in ARCHITECTURES]
+        under_way = blocks * variant.step_bytes // 1024
+        rows.append([f"`{variant.kernel}`", variant.use, variant.threads, variant.tokens, *of_archs, blocks, under_way])
+    return rows_table(head, rows)
+
+
+def rings_table():
+    """Markdown: those that read the states by the copy engine."""
+    archs = ARCHITECTURES[1:3]
+    head = ["kernel", "for", "threads", "tokens", "stages", *archs, "blocks", "KiB under way"]
+    rows = []
+    for variant in RINGS:
+        found = of_variant(variant.kernel, variant.arguments)
+        blocks, stages = variant.blocks_and_stages()
+        of_archs = [found[arch].registers for arch in archs]
+        under_way = blocks * (stages - 1) * variant.step_bytes // 1024
+        rows.append([f"`{variant.kernel}`", variant.use, variant.threads, variant.tokens, stages, *of_archs, blocks, under_way])
+    return rows_table(head, rows)
+
+
 def others_table():
     """Markdown: the kernels beside the scans."""
-    head = ["kernel", "of", "threads", *ARCHITECTURES]
-    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    rows = []
     for (kernel, arguments), threads in OTHERS.items():
         found = of_variant(kernel, arguments)
         dtype = "bf16" if "bfloat16" in arguments else "fp32"
         of = {"evaluatefLb0E": "fp32, forward", "evaluatefLb1E": "fp32, backward"}.get(
             kernel + arguments, dtype
         )
-        cells = [f"`{kernel}`", of, threads, *(found[arch].registers for arch in ARCHITECTURES)]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
-
-
-def scans_table():
-    """Markdown: the kernels that read the states, and what they keep under way."""
-    head = ["kernel", "for", "threads", "tokens at a time", *ARCHITECTURES, "blocks", "KiB under way"]
-    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
-    for variant in VARIANTS:
-        found = of_variant(variant.kernel, variant.arguments)
-        registers = found["sm_90"].registers
-        of_block = variant.threads * (-(-registers // 8) * 8)  # handed out in eights
-        blocks = min(REGISTERS // of_block, MOST_THREADS // variant.threads)
-        cells = [f"`{variant.kernel}`", variant.use, variant.threads, variant.tokens]
-        cells += [found[arch].registers for arch in ARCHITECTURES]
-        cells += [blocks, blocks * variant.in_flight // 1024]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+        rows.append([f"`{kernel}`", of, threads, *(found[arch].registers for arch in ARCHITECTURES)])
+    return rows_table(["kernel", "of", "threads", *ARCHITECTURES], rows)
 
 
 if __name__ == "__main__":
-    print(scans_table(), others_table(), sep="\n\n")
+    print(scans_table(), rings_table(), others_table(), sep="\n\n")

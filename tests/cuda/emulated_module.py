@@ -16,7 +16,7 @@ EMULATION = ROOT / "tests/cuda/emulation"
 
 def emulated_objects(ninja: native_build.Ninja) -> list[Path]:
     """The CUDA kernels and their launches as C++ for the CPU."""
-    options = ["-x", "c++", f"-I{EMULATION}", "-Wno-unknown-pragmas"]
+    options = ["-x", "c++", f"-I{EMULATION}", "-D__CUDA_ARCH_LIST__=800,900", "-Wno-unknown-pragmas"]
     return [
         ninja.object("cxx", EMULATION / "emulation.cpp"),
         *(ninja.object("cxx", source, options) for source in sorted(ROOT.glob("csrc/*.cu"))),

@@ -10,7 +10,7 @@ import pytest
 
 import native_build
 from adajudge_kernels import compiled
-from tests.cuda.compile_report import ARCHITECTURES, ROOT, kernels, others_table, scans_table
+from tests.cuda.compile_report import ARCHITECTURES, ROOT, kernels, others_table, rings_table, scans_table
 from tests.summary import note_compilation
 
 if compiled.module is None or not compiled.module.with_cuda or compiled.module.emulated:
@@ -78,10 +78,20 @@ def test_pooling_moves_sixteen_bytes_at_a_time(kernel):
             assert "STG.E.128" in sass()[name], name
 
 
+@pytest.mark.parametrize("kernel", ["ring_scan", "ring_scan_backward"])
+def test_rings_are_filled_by_the_copy_engine(kernel):
+    """A bulk copy for each of a step's rows, and sixteen bytes at a time from shared memory."""
+    found = named(sass(), kernel)
+    assert len(found) >= 12
+    for name in found:
+        assert "UBLKCP" in sass()[name], name
+        assert "LDS.128" in sass()[name], name
+
+
 def test_the_document_says_what_the_compiler_says():
     nvcc, _ = native_build.find_nvcc()
     if nvcc is None or "release 13.0" not in native_build.output_of([nvcc, "--version"]):
         pytest.skip("the document's table is of nvcc 13.0")
     text = (ROOT / "docs/cuda.md").read_text(encoding="utf-8")
-    for table in (scans_table(), others_table()):
+    for table in (scans_table(), rings_table(), others_table()):
         assert table in text, table

@@ -10,6 +10,8 @@ from tests.cpp import test_kernels
 from tests.cpp.run import ROOT, run
 from tests.cuda.emulated_module import EMULATION
 
+SCHEDULES = ("forward", "backward", "random")
+
 # What is broken: file, text, what stands there instead; the sources that include it; widths that show it.
 MUTATIONS = {
     "no barrier in a block's sum": ("block.cuh", "        __syncthreads();\n", "", "pooling", "264"),
@@ -44,8 +46,8 @@ MUTATIONS = {
     ),
     "no mask at a chunk's end": (
         "pooling.cuh",
-        "const bool valid = step + t < chunk.count;",
-        "const bool valid = true;",
+        "return token < chunk.count && (is_response(token)",
+        "return (is_response(token)",
         "pooling",
         "33",
     ),
@@ -77,6 +79,40 @@ MUTATIONS = {
         "pooling",
         "33",
     ),
+    "rows read before they arrive": (
+        "row_ring.cuh",
+        "        while (!::cuda::ptx::mbarrier_try_wait_parity(arrivals_ + read_, phase_)) {\n        }\n",
+        "",
+        "pooling",
+        "264",
+    ),
+    "a ring's second round taken for its first": ("row_ring.cuh", "phase_ ^= 1;", "", "pooling", "264"),
+    "a row too few expected": ("row_ring.cuh", "int count = 0;", "int count = -1;", "pooling", "264"),
+    "a stage refilled while it is read": (
+        "pooling.cuh",
+        "                shared.logits.sum(logits, step / TOKENS);\n"
+        "                if constexpr (RING) ask(step + call.stages * TOKENS);\n",
+        "                if constexpr (RING) ask(step + call.stages * TOKENS);\n"
+        "                shared.logits.sum(logits, step / TOKENS);\n",
+        "pooling",
+        "264",
+    ),
+    "a stage refilled while it is read, means": (
+        "pooling.cuh",
+        "            __syncthreads();\n            ask(step",
+        "            ask(step",
+        "pooling",
+        "264",
+    ),
+    "a stage refilled while it is read, backward": (
+        "pooling_backward.cuh",
+        "            shared.dots.sum(dots, step / TOKENS);\n"
+        "            if constexpr (RING) ask(step + call.stages * TOKENS);\n",
+        "            if constexpr (RING) ask(step + call.stages * TOKENS);\n"
+        "            shared.dots.sum(dots, step / TOKENS);\n",
+        "pooling_backward",
+        "264",
+    ),
 }
 
 
@@ -102,6 +138,7 @@ def test_a_broken_kernel_is_noticed(name, objects, tmp_path):
         "-Wno-unknown-pragmas",
         f"-I{sources}",
         f"-I{EMULATION}",
+        "-D__CUDA_ARCH_LIST__=800,900",
     ]
     mutant = tmp_path / "mutant.o"
     source = ["-x", "c++", "-c", sources / f"{broken}.cu", "-o", mutant]
@@ -111,7 +148,5 @@ def test_a_broken_kernel_is_noticed(name, objects, tmp_path):
     program = tmp_path / "mutant"
     options = ["-fsanitize=address", "-fopenmp", "-no-pie", "-Wl,--unresolved-symbols=ignore-all"]
     subprocess.run([*compiler, *options, mutant, *others, "-o", program], check=True)
-    schedules = ("cuda-forward", "cuda-backward", "cuda-random")
-    assert any(run(program, ["--stop", schedule], [width]).returncode for schedule in schedules), (
-        "it went unnoticed"
-    )
+    places = (f"{device}-{schedule}" for device in ("cuda90", "cuda80") for schedule in SCHEDULES)
+    assert any(run(program, ["--stop", place], [width]).returncode for place in places), "it went unnoticed"

@@ -38,6 +38,18 @@ using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
 const char* cudaGetErrorString(cudaError_t error);
 
+enum cudaDeviceAttr {
+    cudaDevAttrComputeCapabilityMajor,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin,
+    cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+    cudaDevAttrReservedSharedMemoryPerBlock,
+};
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
+constexpr int cudaSharedmemCarveoutMaxShared = 100;
+
 struct cudaLaunchAttribute {};
 struct cudaLaunchConfig_t {
     dim3 gridDim, blockDim;
@@ -49,7 +61,9 @@ struct cudaLaunchConfig_t {
 
 namespace emulation {
 
-cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel);
+using Function = void (*)();
+cudaError_t set_attribute(Function kernel, cudaFuncAttribute attribute, int value);
+cudaError_t run(Function kernel, const cudaLaunchConfig_t& config, const std::function<void()>& body);
 void wait_for_block();
 // The value that lane `from` of this warp gives; every lane of the warp calls it.
 uint64_t exchange(uint64_t value, int from);
@@ -69,7 +83,13 @@ T exchanged(T value, int from) {
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
-    return emulation::run(*config, [=] { kernel(Parameters(arguments)...); });
+    const auto body = [=] { kernel(Parameters(arguments)...); };
+    return emulation::run(reinterpret_cast<emulation::Function>(kernel), *config, body);
+}
+
+template <class... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute attribute, int value) {
+    return emulation::set_attribute(reinterpret_cast<emulation::Function>(kernel), attribute, value);
 }
 
 inline void __syncthreads() { emulation::wait_for_block(); }

@@ -4,11 +4,15 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
 #include <numeric>
 #include <random>
 #include <vector>
 
 #include "context.h"
+#include "cuda/ptx"
 #include "cuda_runtime.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -20,17 +24,16 @@ uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
 namespace adajudge::cuda {
-constexpr std::size_t MOST_SHARED_BYTES = 48 << 10;                  // of a block that has not asked for more
-alignas(128) uint4 shared_bytes[MOST_SHARED_BYTES / sizeof(uint4)];  // the kernels' `extern __shared__`
+alignas(128) uint4 shared_bytes[emulation::HOPPER.most_shared_bytes / sizeof(uint4)];  // the kernels' `extern __shared__`
 }  // namespace adajudge::cuda
 
 namespace emulation {
 namespace {
 
 constexpr int WARP = 32, MOST_THREADS = 1024;
-constexpr std::size_t STACK = 256 << 10;
+constexpr std::size_t STACK = 256 << 10, USUAL_SHARED_BYTES = 48 << 10;  // of a kernel that has not asked for more
 
-enum class State { ready, waits_for_warp, waits_for_block, done };
+enum class State { ready, waits_for_warp, waits_for_block, waits_for_copies, done };
 
 struct Fiber {
     Context context;
@@ -47,7 +50,25 @@ struct Warp {
     int arrived = 0;
 };
 
+// An mbarrier of the block that runs.
+struct Arrivals {
+    uint32_t expected = 0, missing = 0;  // threads
+    int64_t bytes = 0;                   // that are expected and have not come
+    uint32_t parity = 0;                 // of the phase that is not over
+};
+
+struct Copy {
+    void* to;
+    const void* from;
+    uint32_t bytes;
+    uint64_t* barrier;
+};
+
 Schedule schedule = Schedule::forward;
+Device device = HOPPER;
+std::map<Function, int> granted;  // dynamic shared memory beyond the usual
+std::map<uint64_t*, Arrivals> barriers;
+std::vector<Copy> copies;  // under way
 std::mt19937 generator;
 std::string reason;
 
@@ -121,9 +142,47 @@ int take_ready() {
     return index;
 }
 
+[[noreturn]] void stop(const std::string& text) {
+    std::fprintf(stderr, "block %u, thread %d: %s\n", blockIdx.x, current, text.c_str());
+    std::abort();
+}
+
+Arrivals& arrivals_at(uint64_t* barrier) {
+    const auto found = barriers.find(barrier);
+    if (found == barriers.end()) stop("an mbarrier is used that was not initialised");
+    return found->second;
+}
+
+void end_phase_if_complete(Arrivals& arrivals) {
+    if (arrivals.missing || arrivals.bytes) return;
+    arrivals.parity ^= 1;
+    arrivals.missing = arrivals.expected;
+    make_ready(0, threads, State::waits_for_copies);  // they look again
+}
+
+void finish_copy(std::size_t index) {
+    const Copy copy = copies[index];
+    copies.erase(copies.begin() + index);
+    std::memcpy(copy.to, copy.from, copy.bytes);
+    Arrivals& arrivals = arrivals_at(copy.barrier);
+    arrivals.bytes -= copy.bytes;
+    end_phase_if_complete(arrivals);
+}
+
+// Those that the schedule lets arrive now.
+void finish_copies() {
+    const auto due = [] {
+        if (schedule == Schedule::random) return ready.empty() || generator() % 16 == 0;
+        return schedule == Schedule::forward || ready.empty();
+    };
+    while (!copies.empty() && due()) finish_copy(schedule == Schedule::random ? generator() % copies.size() : 0);
+}
+
 bool run_block() {
     arrived = done = 0;
     ready.clear();
+    barriers.clear();
+    copies.clear();
     for (Warp& warp : warps) warp.arrived = 0;
     for (int i = 0; i < threads; ++i) {
         Fiber& fiber = fibers[i];
@@ -135,14 +194,22 @@ bool run_block() {
         fiber.state = State::ready;
         ready.push_back(i);
     }
-    while (!ready.empty()) resume(take_ready());
+    while (!ready.empty()) {
+        resume(take_ready());
+        if (done == threads && !copies.empty()) {
+            reason = "block " + std::to_string(blockIdx.x) + ": ends while copies to its shared memory are under way";
+            return false;
+        }
+        finish_copies();
+    }
     if (done == threads) return true;
     const auto waiting = [](State state) {
         return std::count_if(fibers.begin(), fibers.begin() + threads, [=](const Fiber& f) { return f.state == state; });
     };
     reason = "block " + std::to_string(blockIdx.x) + ": " + std::to_string(waiting(State::waits_for_block)) +
-             " threads wait at a barrier and " + std::to_string(waiting(State::waits_for_warp)) +
-             " at a shuffle that others never reach";
+             " threads wait at a barrier, " + std::to_string(waiting(State::waits_for_warp)) +
+             " at a shuffle that others never reach, " + std::to_string(waiting(State::waits_for_copies)) +
+             " for bytes that nobody copies";
     return false;
 }
 
@@ -177,16 +244,27 @@ uint64_t exchange(uint64_t value, int from) {
     return values[from];
 }
 
-cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) {
+cudaError_t set_attribute(Function kernel, cudaFuncAttribute attribute, int value) {
+    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+    if (value > device.most_shared_bytes) {
+        reason = "the device has less shared memory";
+        return cudaErrorInvalidValue;
+    }
+    granted[kernel] = value;
+    return cudaSuccess;
+}
+
+cudaError_t run(Function kernel, const cudaLaunchConfig_t& config, const std::function<void()>& thread) {
     using adajudge::cuda::shared_bytes;
-    body = &kernel;
+    body = &thread;
+    const std::size_t shared_limit = std::max<std::size_t>(USUAL_SHARED_BYTES, granted[kernel]);
     gridDim = config.gridDim;
     blockDim = config.blockDim;
     threads = blockDim.x * blockDim.y * blockDim.z;
     const uint64_t blocks = uint64_t(gridDim.x) * gridDim.y * gridDim.z;
     reason = "";
     if (!threads || threads > MOST_THREADS || !blocks || gridDim.x > 0x7fffffff || gridDim.y > 65535 || gridDim.z > 65535 ||
-        config.dynamicSmemBytes > sizeof shared_bytes) {
+        config.dynamicSmemBytes > shared_limit) {
         reason = "this grid or this block is too large or empty";
         return cudaErrorInvalidValue;
     }
@@ -212,6 +290,11 @@ cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& k
     return fine ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
+void use_device(const Device& chosen) {
+    device = chosen;
+    granted.clear();
+}
+
 void use_schedule(Schedule chosen, unsigned seed) {
     schedule = chosen;
     generator.seed(seed);
@@ -220,6 +303,51 @@ void use_schedule(Schedule chosen, unsigned seed) {
 const std::string& failure() { return reason; }
 
 }  // namespace emulation
+
+namespace cuda::ptx {
+
+using namespace emulation;
+
+void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
+    barriers[barrier] = {arrivals, arrivals};
+}
+
+uint64_t mbarrier_arrive_expect_tx(sem_release_t, scope_cta_t, space_shared_t, uint64_t* barrier, uint32_t bytes) {
+    Arrivals& arrivals = arrivals_at(barrier);
+    if (!arrivals.missing) stop("more threads arrive at an mbarrier than it expects");
+    --arrivals.missing;
+    arrivals.bytes += bytes;
+    end_phase_if_complete(arrivals);
+    return 0;
+}
+
+void cp_async_bulk(space_cluster_t, space_global_t, void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+    arrivals_at(barrier);
+    if ((uintptr_t(to) | uintptr_t(from) | bytes) % 16) stop("a bulk copy takes multiples of sixteen bytes");
+    std::memset(to, 0xff, bytes);
+    copies.push_back({to, from, bytes, barrier});
+}
+
+bool mbarrier_try_wait_parity(uint64_t* barrier, uint32_t parity) {
+    while (arrivals_at(barrier).parity == parity) {
+        fibers[current].state = State::waits_for_copies;
+        yield();
+    }
+    return true;
+}
+
+}  // namespace cuda::ptx
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    using emulation::device;
+    switch (attribute) {
+        case cudaDevAttrComputeCapabilityMajor: *value = device.capability; break;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = device.most_shared_bytes; break;
+        case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = device.most_shared_bytes + 1024; break;
+        case cudaDevAttrReservedSharedMemoryPerBlock: *value = 1024; break;
+    }
+    return cudaSuccess;
+}
 
 const char* cudaGetErrorString(cudaError_t error) {
     static std::string text;
