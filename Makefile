@@ -10,6 +10,7 @@ BUILT      := $(VENV)/.built
 SOURCES    := $(wildcard csrc/*.* csrc/*/*.*)
 EMULATED   := build/emulated/_native.so
 WORKERS    ?= 2
+PYTEST     = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=5
 GPU_ARCH   ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1)
 
 .PHONY: setup demo test test-sanitizers test-arm lint build-gpu test-gpu bench bench-gpu judge clean
@@ -37,11 +38,11 @@ demo: $(BUILT)
 	$(BIN)/python examples/score.py
 
 test: lint
-	$(BIN)/python -m pytest -n $(WORKERS) --durations=5
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=5 -k triton-cpu \
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) -k triton-cpu \
 		tests/kernels tests/adajudge/test_judge_on_triton.py
 	$(BIN)/python tests/cuda/emulated_module.py
-	ADAJUDGE_TEST_MODULE=$(EMULATED) $(BIN)/python -m pytest -n $(WORKERS) --durations=5 tests/kernels \
+	ADAJUDGE_TEST_MODULE=$(EMULATED) $(PYTEST) tests/kernels \
 		-k 'cuda-cpu and not sequence_attention and not rms_norm and not swiglu' --ignore-glob='*/test_attention*'
 
 # The C++ test of the kernels with every check, on every instruction set of this processor and with every schedule of CUDA's
@@ -59,8 +60,9 @@ lint: $(BUILT)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The module with kernels for the GPU at hand, by the interpreter at hand.
+# The module with kernels for the GPU at hand, by the interpreter at hand; the usual targets build all of it again.
 build-gpu:
+	@rm -f $(BUILT)
 	TORCH_CUDA_ARCH_LIST=$(GPU_ARCH) ADAJUDGE_BUILD_CUDA=1 $(GPU_PYTHON) setup.py --quiet build_ext --inplace
 
 test-gpu: build-gpu

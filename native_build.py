@@ -306,18 +306,20 @@ def build_module(folder: Path, module: Path) -> None:
     headers = Path(sysconfig.get_path("include"))
     if not (headers / "Python.h").is_file():
         stop(f"there is no Python.h in {headers}: install Python's headers (Debian: python3-dev). {WITHOUT}")
-    includes = [f"-I{headers}", f"-I{pybind11.get_include()}"]
+    options = ["-O1", f"-I{headers}", f"-I{pybind11.get_include()}"]
+    architectures: list[str] = []
+    if nvcc:
+        supported = output_of([nvcc, "--list-gpu-arch"]).split()
+        architectures = architecture_flags(os.environ.get("TORCH_CUDA_ARCH_LIST", ""), supported)
+        codes = ";".join(flag.partition("code=")[2] for flag in architectures)
+        options.append(f'-DADAJUDGE_WITH_CUDA="{codes}"')
     # First, for it takes the longest; nothing in it is worth optimising.
     objects = [
-        build.object(
-            "cxx", ROOT / "csrc/bindings.cpp", ["-O1", *includes, *(["-DADAJUDGE_WITH_CUDA"] if nvcc else [])]
-        ),
+        build.object("cxx", ROOT / "csrc/bindings.cpp", options),
         *kernel_objects(build, compiler),
     ]
     libraries = []
     if nvcc:
-        supported = output_of([nvcc, "--list-gpu-arch"]).split()
-        architectures = architecture_flags(os.environ.get("TORCH_CUDA_ARCH_LIST", ""), supported)
         host = ["-ccbin", compiler[0]] if len(compiler) == 1 else []
         # Three times smaller; loading is once per process. Older compilers than 12.8 cannot.
         packed = ["--compress-mode=size"] if "--compress-mode" in output_of([nvcc, "--help"]) else []

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from adajudge_kernels import compiled
+from adajudge_kernels.measurements import measured_names
 
 __all__ = [
     "BACKENDS",
@@ -73,8 +74,15 @@ def unavailable_reason(backend: str, family: str | None = None) -> str | None:
         return "the compiled module emulates a CUDA device on the CPU, and serves nothing else"
     if backend == "cuda" and not compiled.module.with_cuda:
         return "the compiled module was built without CUDA kernels: no nvcc was found, or ADAJUDGE_BUILD_CUDA=0 was set"
-    if backend == "cuda" and not (compiled.module.emulated or torch.cuda.is_available()):
-        return "torch finds no GPU"
+    if backend == "cuda" and not compiled.module.emulated:
+        if not torch.cuda.is_available():
+            return "torch finds no GPU"
+        capability = torch.cuda.get_device_capability()
+        if not serves_capability(compiled.module.cuda_code, capability):
+            return (
+                f"the compiled module holds CUDA kernels for {compiled.module.cuda_code}, and the GPU is of "
+                f"{capability[0]}.{capability[1]}: install it anew with TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]}"
+            )
     if backend == "triton":
         if not _TRITON_FOUND:
             return "triton is not installed"
@@ -126,8 +134,8 @@ def use_backend(backend: str, families: Collection[str] = FAMILIES) -> Iterator[
 def choose_backend(device: torch.device, family: str) -> Choice:
     """The backend that serves operations of `family` on tensors of `device`.
 
-    Order: `use_backend`, the environment variable, the automatic choice: Triton on CUDA and the compiled kernels on the
-    CPU where they are installed, else the reference.
+    Order: `use_backend`, the environment variable, the automatic choice: on CUDA the one that `fastest_on_gpu` names, on
+    the CPU the compiled kernels where they are installed, else the reference.
 
     Raises:
         ValueError: a forced backend is unknown or cannot serve the call.
@@ -140,11 +148,50 @@ def choose_backend(device: torch.device, family: str) -> Choice:
     if named:
         source = f"{ENVIRONMENT_VARIABLE}={named}"
         return Choice(_servable(source, named, device, family), f"forced by {ENVIRONMENT_VARIABLE}")
-    if device.type == "cuda" and _TRITON_FOUND and family in SERVED["triton"]:
-        return Choice("triton", "the fastest for cuda tensors")
+    if device.type == "cuda":
+        return Choice(*_traceable_fastest_on_gpu(family))
     if device.type == "cpu" and unavailable_reason("cpu", family) is None:
         return Choice("cpu", "the fastest for cpu tensors")
     return Choice("reference", f"no faster {family} kernels are here for {device.type} tensors")
+
+
+@functools.cache
+def fastest_on_gpu(family: str) -> tuple[str, str]:
+    """The backend that serves `family` on CUDA if none is forced, and why.
+
+    It is what ``python -m adajudge_kernels.tune`` measured to be the faster of Triton and the CUDA C++ kernels on this
+    GPU; where nothing was measured, Triton; without Triton the CUDA C++ kernels, and without those the reference.
+    """
+    candidates = ("triton", "cuda")
+    measured = measured_names("backends", candidates).get(family)
+    if measured and unavailable_reason(measured, family) is None:
+        return measured, "measured to be the fastest on this GPU"
+    if _TRITON_FOUND and family in SERVED["triton"]:
+        return "triton", "the usual one on GPUs"
+    if unavailable_reason("cuda", family) is None:
+        return "cuda", "triton is not installed"
+    return "reference", f"no faster {family} kernels are here for cuda tensors"
+
+
+@torch.compiler.assume_constant_result  # a trace reads no files
+def _traceable_fastest_on_gpu(family: str) -> tuple[str, str]:
+    return fastest_on_gpu(family)
+
+
+def serves_capability(code: str, capability: tuple[int, int]) -> bool:
+    """Whether compiled `code` (``"sm_80;sm_90a;compute_120"``) runs on a GPU of a compute capability.
+
+    Machine code (sm) serves its own major capability from its minor one on, PTX (compute) all later ones too; with the
+    suffix ``a`` both serve their own alone.
+    """
+    for kind, name in (entry.split("_") for entry in code.split(";")):
+        compiled_for = divmod(int(name.rstrip("af")), 10)
+        if compiled_for == capability:
+            return True
+        later = compiled_for < capability and not name.endswith("a")
+        if later and (kind == "compute" or compiled_for[0] == capability[0]):
+            return True
+    return False
 
 
 def _servable(source: str, backend: str, device: torch.device, family: str) -> str:

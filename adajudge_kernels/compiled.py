@@ -31,7 +31,7 @@ missing: str | None = None
 def _load() -> ModuleType:
     _native = importlib.import_module("adajudge_kernels._native")
     named = os.environ.get(ENVIRONMENT_VARIABLE)
-    if named:
+    if named and not _native.emulated:
         if named not in _native.levels():
             raise ValueError(
                 f"{ENVIRONMENT_VARIABLE}={named}: this processor has none of that name, only "

@@ -51,7 +51,7 @@ def _software() -> list[tuple[str, str]]:
 
 def _devices() -> list[tuple[str, str]]:
     lines = [("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads")]
-    if compiled.module is not None:
+    if compiled.module is not None and not compiled.module.emulated:
         named = os.environ.get(compiled.ENVIRONMENT_VARIABLE)
         why = f"{compiled.ENVIRONMENT_VARIABLE}={named}" if named else "the best here"
         lines.append(

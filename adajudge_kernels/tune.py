@@ -2,7 +2,8 @@
 
 Each pooling kernel is timed inside the operation that launches it, on a batch of random states, with every candidate of
 `pooling.configurations.candidates`; what beats the default by more than two per cent goes into the measured file. Attention
-is timed, forward and backward, beside that of the libraries that are installed. Nothing is tuned during training or scoring.
+is timed, forward and backward, beside that of the libraries that are installed, and the Triton kernels of each family beside
+the CUDA C++ ones. Nothing is tuned during training or scoring.
 """
 
 from __future__ import annotations
@@ -10,19 +11,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adajudge_kernels.backends import use_backend
-from adajudge_kernels.layers import default_num_heads
+from adajudge_kernels.backends import fastest_on_gpu, unavailable_reason, use_backend
+from adajudge_kernels.layers import ExpertCombination, default_num_heads
 from adajudge_kernels.layout import SequenceLayout
+from adajudge_kernels.loss.ops import focal_bradley_terry_loss
 from adajudge_kernels.measurements import measured_file
 from adajudge_kernels.pooling import configurations
 from adajudge_kernels.pooling.configurations import Tile
-from adajudge_kernels.pooling.ops import depth_gate, masked_mean_pool, multi_view_pool
+from adajudge_kernels.pooling.ops import PooledViews, depth_gate, masked_mean_pool, multi_view_pool
 from adajudge_kernels.refinement import libraries
 from adajudge_kernels.refinement.ops import sequence_attention
 
@@ -160,6 +162,75 @@ def write_attention(found: dict[str, str]) -> str:
     return path
 
 
+def backend_calls(
+    d: int, depths: int, dtype: torch.dtype, tokens: int, device: torch.device
+) -> dict[str, Callable[[], object]]:
+    """By family that both backends serve, an operation forward and backward, on as many sequences as `tokens` are."""
+    count = max(1, tokens // 1024)
+    layout = SequenceLayout.packed([512] * count, [512] * count, device)
+
+    def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype).requires_grad_()
+
+    states = [random(layout.num_tokens, d) for _ in range(depths)]
+    alpha = torch.full((count, depths), 1 / depths, device=device)
+    weight, bias = random(d), random(1)
+    views = [random(count, d, dtype=torch.float32) for _ in range(4)]
+    combination = ExpertCombination(d).to(device, dtype)
+    chosen, rejected = (random(count, dtype=torch.float32) for _ in range(2))
+
+    def pooling() -> object:
+        pooled = multi_view_pool(states, alpha, weight, bias, layout)
+        return torch.autograd.grad(torch.cat(pooled).sum(), [*states, weight])
+
+    def experts() -> object:
+        reward = combination(PooledViews(*views[:3]), views[3]).reward
+        return torch.autograd.grad(reward.sum(), [*views, *combination.parameters()])
+
+    def loss() -> object:
+        return torch.autograd.grad(focal_bradley_terry_loss(chosen, rejected), [chosen, rejected])
+
+    return {"pooling": pooling, "experts": experts, "loss": loss}
+
+
+def tune_backends(shapes: Iterable[dict[str, Callable[[], object]]], measure: Measure) -> dict[str, str]:
+    """The backend that serves each family in the least time, over all shapes; prints a line for each.
+
+    Args:
+        shapes: `backend_calls` of each shape.
+        measure: milliseconds of a call.
+
+    Returns:
+        By family, ``"cuda"`` where it beats ``"triton"`` by more than two per cent, else ``"triton"``; empty where the CUDA
+        C++ kernels cannot run.
+    """
+    reason = unavailable_reason("cuda")
+    if reason is not None:
+        print(f"backends: triton, as cuda cannot be used: {reason}")
+        return {}
+    times: dict[str, dict[str, float]] = {}
+    for calls in shapes:
+        for family, call in calls.items():
+            of_family = times.setdefault(family, {"triton": 0.0, "cuda": 0.0})
+            for backend in of_family:
+                with use_backend(backend, families=(family,)):
+                    of_family[backend] += measure(call)
+    found = {}
+    for family, of_family in times.items():
+        found[family] = "cuda" if of_family["cuda"] < _WORTH * of_family["triton"] else "triton"
+        print(
+            f"{family:<18} triton {of_family['triton']:.4f} ms, cuda {of_family['cuda']:.4f} ms: {found[family]}"
+        )
+    return found
+
+
+def write_backends(found: dict[str, str]) -> str:
+    """Put the names of the fastest backends, by family, into their file; returns its path."""
+    path = _write_file("backends", found)
+    fastest_on_gpu.cache_clear()
+    return path
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Tune the rows asked for; exit code 2 where there is no GPU or no triton."""
     parser = argparse.ArgumentParser(
@@ -193,6 +264,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with use_backend("triton", families=("refinement",)):
             best = tune_attention(heads, d // heads, dtype, args.tokens, device, do_bench)
         print(f"{best} is used; written to {write_attention({libraries.key(d // heads, dtype): best})}")
+    # Last, with the tiles found above.
+    shapes = [(d, depths, dtype, args.tokens, device) for d in args.features for depths in args.depths]
+    fastest = tune_backends((backend_calls(*shape) for shape in shapes), do_bench)
+    if fastest:
+        print(f"used from now on; written to {write_backends(fastest)}")
     return 0
 
 

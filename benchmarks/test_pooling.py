@@ -1,11 +1,13 @@
 """multi_view_pool against the same pooling in plain PyTorch on padded states, eager and compiled.
 
 ``pooling``: ragged lengths, on either device. ``cpu_pooling``: equal lengths and no padding, which is eager's best case,
-against the read bandwidth that a CPU has for these very states. All sides do the same work on the same numbers; a case
+against the read bandwidth that a CPU has for these very states. ``gpu_pooling``: ragged lengths, states far larger than a
+GPU's caches, and our backends for GPUs side by side. All sides do the same work on the same numbers; a case
 fails if one differs from the pooling in fp64 by more than its dtype explains.
 """
 
 import dataclasses
+import functools
 import itertools
 import statistics
 import time
@@ -65,12 +67,21 @@ class Case:
     def sides(self):
         """What each side computes of states, and the states in each place; ours take the same memory as ``[T, d]``."""
         layout = ak.SequenceLayout.padded(*self.masks)
-        flat = [[x.detach().flatten(0, 1).requires_grad_() for x in states] for states in self.places]
         others = self.alpha, self.weight, self.bias
+
+        def ours(states):
+            return ak.multi_view_pool(states, *others, layout)
+
+        def forced(backend, states):
+            with ak.use_backend(backend, families=("pooling",)):
+                return ours(states)
+
+        flat = [[x.detach().flatten(0, 1).requires_grad_() for x in states] for states in self.places]
         torch._dynamo.reset()  # else the second case's shapes would be compiled as symbols
         compiled = torch.compile(eager_pooling, dynamic=False)
         return {
-            "adajudge_kernels": (lambda states: ak.multi_view_pool(states, *others, layout), flat),
+            "adajudge_kernels": (ours, flat),
+            **{backend: (functools.partial(forced, backend), flat) for backend in GPU_BACKENDS},
             "eager": (lambda states: eager_pooling(states, *others, *self.masks), self.places),
             "torch.compile": (lambda states: compiled(states, *others, *self.masks), self.places),
         }
@@ -87,6 +98,7 @@ def state_gradients(states, views):
     return torch.autograd.grad(sum(view.float().square().sum() for view in views), states)
 
 
+GPU_BACKENDS = ("triton", "cuda")
 SIDES = ("adajudge_kernels", "eager", "torch.compile")
 sides = pytest.mark.parametrize("side", SIDES)
 backwards = pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward_and_backward"])
@@ -136,12 +148,13 @@ def measure(benchmark, group, key, side, backward, synchronise, timed_reading):
     bandwidth = sum(x.nbytes for x in case.states) / statistics.median(readings[PLACES:])
     seconds, moved = benchmark.stats.stats.median, case.useful_bytes * (3 if backward else 1)
     batch, length, width = case.states[0].shape
+    chosen = ak.backends.choose_backend(case.states[0].device, "pooling").backend
     benchmark.extra_info.update(
         device=str(case.states[0].device),
         threads=torch.get_num_threads(),
         dtype=str(dtype),
         shape=f"B={batch} L={length} d={width} K={len(case.states)}",
-        backend=ak.backends.choose_backend(case.states[0].device, "pooling").backend,
+        backend=side if side in GPU_BACKENDS else chosen,
         useful_tokens_per_second=case.tokens / seconds,
         bytes_that_must_move=moved,
         read_bandwidth=bandwidth,
@@ -163,4 +176,17 @@ def test_cpu_pooling(benchmark, dtype, backward, side, device, synchronise, time
     if device.type != "cpu":
         pytest.skip("a case of CPUs")
     key = 8, 1024, 2048, 3, dtype, device, False
+    measure(benchmark, "pooling", key, side, backward, synchronise, timed_reading)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("side", [*SIDES, *GPU_BACKENDS])
+@backwards
+def test_gpu_pooling(benchmark, dtype, backward, side, device, synchronise, timed_reading):
+    if device.type != "cuda":
+        pytest.skip("a case of GPUs")
+    reason = ak.backends.unavailable_reason(side, "pooling") if side in GPU_BACKENDS else None
+    if reason is not None:
+        pytest.skip(f"{side}: {reason}")
+    key = 32, 2048, 4096, 3, dtype, device, True
     measure(benchmark, "pooling", key, side, backward, synchronise, timed_reading)

@@ -28,12 +28,14 @@ std::vector<void*> at(const std::vector<Address>& addresses) {
 // Where a call runs: on so many threads of the CPU, or on a stream of the current CUDA device.
 using Where = std::variant<int, cuda::Stream>;
 
-#if defined(ADAJUDGE_WITH_CUDA)
+#if defined(ADAJUDGE_WITH_CUDA)  // a string: the code that the kernels were compiled to, "sm_80;sm_90;compute_90"
 #define ON_CUDA(name) cuda::name
 constexpr bool WITH_CUDA = true;
+constexpr const char* CUDA_CODE = ADAJUDGE_WITH_CUDA;
 #else
 #define ON_CUDA(name) nullptr
 constexpr bool WITH_CUDA = false;
+constexpr const char* CUDA_CODE = "";
 #endif
 #if defined(ADAJUDGE_EMULATED)  // tests: the CUDA kernels run on the CPU, on its memory, and there are no others
 #define ON_CPU(name) nullptr
@@ -87,6 +89,7 @@ void define_levels(py::module_& m) {
 
 void define_cuda(py::module_& m) {
     m.attr("with_cuda") = WITH_CUDA;
+    m.attr("cuda_code") = CUDA_CODE;
     m.attr("emulated") = EMULATED;
     const auto stream = [](Address handle, py::function memory) {
         return cuda::Stream{at(handle), [=](std::size_t size) { return at(memory(size).cast<Address>()); }};

@@ -66,7 +66,7 @@ struct ScanArguments {
     const A* logits;                 // [N * CHUNK_TOKENS] of rows that no block holds whole, else null
     int stages;                      // of `ring_scan`
     A* last;                         // [B, d] or null
-    A *prompt_sums, *response_sums;  // [N, d]; the responses' null where nobody wants them
+    A *prompt_sums, *response_sums;  // [N, d], null where nobody wants them
     A *weighted, *tops, *totals;     // [N, d], [N], [N]: sum of exp(logit - top) h, top, sum of exp(logit - top)
 };
 
@@ -196,7 +196,7 @@ __device__ void scan_chunk(const ScanArguments<T>& call) {
             call.tops[index] = top;
             call.totals[index] = total;
         }
-    } else {
+    } else if (call.prompt_sums) {
         columns.store(call.prompt_sums + index * d, prompts);
     }
 }
@@ -220,10 +220,10 @@ __global__ void __launch_bounds__(SCAN_THREADS<W, K>, 1) ring_scan(ScanArguments
 
 // -- Sequences from their chunks --------------------------------------------------------------------------------
 
-constexpr int COMBINE_ROWS = 8;                            // chunks that a block reads at a time
+constexpr int COMBINE_ROWS = 16;                           // chunks that a block reads at a time
 constexpr int COMBINE_THREADS = COMBINE_ROWS * WARP;       // a warp for each, a lane for each of 32 columns
 
-// Sum over i of share(i) * rows[i][column], i from 0 to `count`: each warp adds every eighth row, then the warps' sums are
+// Sum over i of share(i) * rows[i][column], i from 0 to `count`: each warp adds every sixteenth row, then the warps' sums are
 // added in order. Valid in the first warp. All threads of the block call it.
 template <class A, class Share>
 __device__ A sum_of_rows(const A* rows, int64_t count, int64_t d, int column, Share share, A (&parts)[COMBINE_ROWS][WARP]) {

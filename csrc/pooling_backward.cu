@@ -106,8 +106,8 @@ void views_backward(const ViewsBackward& call, const Stream& stream) {
         }
         launch_scan_backward(stream, plan, scan);
         if (shared) {
-            const SpreadAttentionArguments<T> arguments{layout, int(d), int(depths), scan.grad_states, scan.alpha,
-                                                        scan.weight, scan.grad_attention, scan.betas, scan.grad_logits};
+            const SpreadAttentionArguments<T> arguments{layout, int(d), int(depths), call.response_only, scan.grad_states,
+                                                        scan.alpha, scan.weight, scan.grad_attention, scan.betas, scan.grad_logits};
             with_width<T>(d, [&](auto width) {
                 launch_spread<T>(stream, "views_backward", width, spread_attention<T, width>, arguments);
             });

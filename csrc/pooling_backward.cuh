@@ -250,6 +250,7 @@ struct SpreadAttentionArguments {
     using A = arithmetic<T>;
     Layout layout;
     int features, depths;
+    bool response_only;  // the attention view reads no prompt
     Tensors<T> grad_states;
     const A *alpha, *weight, *grad_attention, *betas, *grad_logits;
 };
@@ -269,7 +270,7 @@ __global__ void __launch_bounds__(SPREAD_THREADS, 1) spread_attention(SpreadAtte
     for (int t = 0; t < piece.count; ++t) {
         const int64_t row = (piece.start + piece.begin + t) * d;
         A total[MAX_DEPTHS][W] = {};
-        for (int64_t b = piece.first_reader; b < piece.first_reader + piece.readers; ++b) {
+        for (int64_t b = piece.first_reader; !call.response_only && b < piece.first_reader + piece.readers; ++b) {
             const int64_t chunk = call.layout.sequences[8 * b + 7], place = chunk * CHUNK_TOKENS + piece.begin + t;
             const A beta = call.betas[place], grad_logit = call.grad_logits[place];
             A grad[W];

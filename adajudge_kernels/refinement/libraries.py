@@ -12,8 +12,6 @@ import functools
 import importlib
 import importlib.util
 import inspect
-import json
-import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,9 +22,7 @@ from torch import Tensor
 
 from adajudge_kernels.backends import Choice
 from adajudge_kernels.layout import SequenceLayout
-from adajudge_kernels.measurements import measured_file
-
-logger = logging.getLogger("adajudge_kernels")
+from adajudge_kernels.measurements import measured_names
 
 ENVIRONMENT_VARIABLE = "ADAJUDGE_ATTENTION"
 OWN = "adajudge"
@@ -184,16 +180,4 @@ def key(head_size: int, dtype: torch.dtype) -> str:
 @functools.cache
 def measured_attention() -> dict[str, str]:
     """The fastest attention by `key`, from the file that ``python -m adajudge_kernels.tune`` writes; else empty."""
-    path = measured_file("attention")
-    if path is None or not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text())
-        known = isinstance(found, dict) and set(found.values()) <= {OWN, *LIBRARIES}
-    except (OSError, ValueError, TypeError) as error:
-        logger.warning("%s is not used: %s", path, error)
-        return {}
-    if not known:
-        logger.warning("%s is not used: expected names of %s", path, ", ".join((OWN, *LIBRARIES)))
-        return {}
-    return dict(found)
+    return measured_names("attention", (OWN, *LIBRARIES))

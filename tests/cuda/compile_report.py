@@ -134,13 +134,13 @@ RINGS = [
 
 # Kernel, template arguments (mangled), threads of a block.
 OTHERS = {
-    ("combine", "f"): 256,
+    ("combine", "f"): 512,
     ("gate", "f"): 256,
     ("dots", "13__nv_bfloat16Li8E"): 256,
     ("spread_means", "13__nv_bfloat16Li8E"): 128,
     ("spread_attention", "13__nv_bfloat16Li8E"): 128,
     ("zero_padding", "13__nv_bfloat16Li8E"): 256,
-    ("add_rows", "f"): 256,
+    ("add_rows", "f"): 512,
     ("sum_alpha_parts", "f"): 32,
     ("form_shares", "13__nv_bfloat16Li8E"): 128,
     ("form_shares", "fLi4E"): 128,
@@ -177,7 +177,17 @@ def scans_table():
         blocks = min(REGISTERS // of_block, MOST_THREADS // variant.threads)
         of_archs = [found[arch].registers for arch in ARCHITECTURES]
         under_way = blocks * variant.step_bytes // 1024
-        rows.append([f"`{variant.kernel}`", variant.use, variant.threads, variant.tokens, *of_archs, blocks, under_way])
+        rows.append(
+            [
+                f"`{variant.kernel}`",
+                variant.use,
+                variant.threads,
+                variant.tokens,
+                *of_archs,
+                blocks,
+                under_way,
+            ]
+        )
     return rows_table(head, rows)
 
 
@@ -191,7 +201,18 @@ def rings_table():
         blocks, stages = variant.blocks_and_stages()
         of_archs = [found[arch].registers for arch in archs]
         under_way = blocks * (stages - 1) * variant.step_bytes // 1024
-        rows.append([f"`{variant.kernel}`", variant.use, variant.threads, variant.tokens, stages, *of_archs, blocks, under_way])
+        rows.append(
+            [
+                f"`{variant.kernel}`",
+                variant.use,
+                variant.threads,
+                variant.tokens,
+                stages,
+                *of_archs,
+                blocks,
+                under_way,
+            ]
+        )
     return rows_table(head, rows)
 
 

@@ -12,14 +12,18 @@ sys.path.insert(0, str(ROOT))
 import native_build  # noqa: E402
 
 EMULATION = ROOT / "tests/cuda/emulation"
+# Of a CUDA source that is compiled as C++.
+EMULATED_OPTIONS = [
+    *("-x", "c++", f"-I{EMULATION}", "-Wno-unknown-pragmas"),
+    "-D__CUDA_ARCH_LIST__=800,900",  # nvcc's, of what it compiles for
+]
 
 
 def emulated_objects(ninja: native_build.Ninja) -> list[Path]:
     """The CUDA kernels and their launches as C++ for the CPU."""
-    options = ["-x", "c++", f"-I{EMULATION}", "-D__CUDA_ARCH_LIST__=800,900", "-Wno-unknown-pragmas"]
     return [
         ninja.object("cxx", EMULATION / "emulation.cpp"),
-        *(ninja.object("cxx", source, options) for source in sorted(ROOT.glob("csrc/*.cu"))),
+        *(ninja.object("cxx", source, EMULATED_OPTIONS) for source in sorted(ROOT.glob("csrc/*.cu"))),
     ]
 
 
@@ -31,7 +35,7 @@ def build(folder: Path) -> Path:
     ninja = native_build.Ninja(folder)
     native_build.cxx_rule(ninja, compiler)
     includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
-    options = ["-O1", "-DADAJUDGE_WITH_CUDA", "-DADAJUDGE_EMULATED", *includes]
+    options = ["-O1", '-DADAJUDGE_WITH_CUDA=""', "-DADAJUDGE_EMULATED", *includes]
     objects = [ninja.object("cxx", ROOT / "csrc/bindings.cpp", options), *emulated_objects(ninja)]
     ninja.rule("link", [*compiler, "-shared", "-Wl,-z,now", "$in", "-o", "$out"], depfile=False)
     module = ninja.step("link", folder.resolve() / "_native.so", objects)

@@ -2,116 +2,139 @@
 
 import shutil
 import subprocess
+from typing import NamedTuple
 
 import pytest
 
 import native_build
 from tests.cpp import test_kernels
 from tests.cpp.run import ROOT, run
-from tests.cuda.emulated_module import EMULATION
+from tests.cuda.emulated_module import EMULATED_OPTIONS
 
 SCHEDULES = ("forward", "backward", "random")
 
-# What is broken: file, text, what stands there instead; the sources that include it; widths that show it.
+
+class Mutation(NamedTuple):
+    """A text of a file in csrc/, and what stands there instead."""
+
+    file: str
+    text: str
+    instead: str
+    source: str = "pooling"  # that is compiled with it
+    width: str = "33"  # of rows that show it
+    beyond: bool = False  # a buffer's end, which AddressSanitizer sees
+
+
+def without(file: str, text: str, **others) -> Mutation:
+    return Mutation(file, text, "", **others)
+
+
+def asked_before(file: str, barrier: str, source: str) -> Mutation:
+    """The next rows are asked for before the barrier that tells that those in their place have been read."""
+    ask = "if constexpr (RING) ask(step + call.stages * TOKENS);\n"
+    indent = " " * (len(barrier) - len(barrier.lstrip()))
+    return Mutation(file, barrier + indent + ask, indent + ask + barrier, source, "264")
+
+
 MUTATIONS = {
-    "no barrier in a block's sum": ("block.cuh", "        __syncthreads();\n", "", "pooling", "264"),
-    "one buffer for two turns": ("block.cuh", "parts[turn % 2]", "parts[0]", "pooling", "264"),
-    "no barrier between sums of rows": (
-        "pooling.cuh",
-        "    __syncthreads();  // `parts` may still be read from the sum before\n",
-        "",
-        "pooling",
-        "33",
-    ),
-    "no barrier before the softmax of depths": (
-        "pooling.cuh",
-        "    }\n    __syncthreads();\n    A top = logits[0]",
-        "    }\n    A top = logits[0]",
-        "pooling",
-        "33",
-    ),
-    "no guard at a row's end, loading": (
-        "vectors.cuh",
-        "            if (inside(v)) {\n",
-        "            if (true) {\n",
-        "pooling",
-        "33",
-    ),
-    "no guard at a row's end, storing": (
-        "vectors.cuh",
-        "            if (inside(v)) cuda::store",
-        "            cuda::store",
-        "pooling",
-        "33",
-    ),
-    "no mask at a chunk's end": (
-        "pooling.cuh",
-        "return token < chunk.count && (is_response(token)",
-        "return (is_response(token)",
-        "pooling",
-        "33",
-    ),
-    "no mask at a chunk's end, backward": (
-        "pooling_backward.cuh",
-        "valid[t] = step + t < chunk.count;",
-        "valid[t] = true;",
-        "pooling_backward",
-        "33",
-    ),
-    "prompt tokens in the response mean": (
-        "pooling.cuh",
-        "response_sum += response[t] ? h[t][c] : A(0);",
-        "response_sum += h[t][c];",
-        "pooling",
-        "33",
-    ),
-    "a response's first token without a gradient": (
-        "pooling_backward.cuh",
-        "chunk.begin + step + t >= s.first()",
-        "chunk.begin + step + t > s.first()",
-        "pooling_backward",
-        "33",
-    ),
-    "a lane too few in a warp's sum": (
+    "no barrier in a block's sum": without("block.cuh", "        __syncthreads();\n", width="264"),
+    "one buffer for two turns": Mutation("block.cuh", "parts[turn % 2]", "parts[0]", width="264"),
+    "a lane too few in a warp's sum": Mutation(
         "block.cuh",
         "distance = WARP / 2; distance; distance /= 2) x +=",
         "distance = WARP / 4; distance; distance /= 2) x +=",
-        "pooling",
-        "33",
     ),
-    "rows read before they arrive": (
+    "no barrier between sums of rows": without(
+        "pooling.cuh", "    __syncthreads();  // `parts` may still be read from the sum before\n"
+    ),
+    "no barrier before the softmax of depths": Mutation(
+        "pooling.cuh",
+        "    }\n    __syncthreads();\n    A top = logits[0]",
+        "    }\n    A top = logits[0]",
+    ),
+    "no guard at a row's end, loading": Mutation(
+        "vectors.cuh", "            if (inside(v)) {\n", "            if (true) {\n", beyond=True
+    ),
+    "no guard at a row's end, storing": Mutation(
+        "vectors.cuh", "            if (inside(v)) cuda::store", "            cuda::store", beyond=True
+    ),
+    "no mask at a chunk's end": Mutation(
+        "pooling.cuh", "token < chunk.count && (is_response", "(is_response", beyond=True
+    ),
+    "no mask at a chunk's end, backward": Mutation(
+        "pooling_backward.cuh",
+        "valid[t] = step + t < chunk.count;",
+        "valid[t] = true;",
+        source="pooling_backward",
+        beyond=True,
+    ),
+    "prompt tokens in the response mean": Mutation(
+        "pooling.cuh", "response_sum += response[t] ? h[t][c] : A(0);", "response_sum += h[t][c];"
+    ),
+    "a response's first token without a gradient": Mutation(
+        "pooling_backward.cuh",
+        "chunk.begin + step + t >= s.first()",
+        "chunk.begin + step + t > s.first()",
+        source="pooling_backward",
+    ),
+    "rows read before they arrive": without(
         "row_ring.cuh",
         "        while (!::cuda::ptx::mbarrier_try_wait_parity(arrivals_ + read_, phase_)) {\n        }\n",
-        "",
-        "pooling",
-        "264",
+        width="264",
     ),
-    "a ring's second round taken for its first": ("row_ring.cuh", "phase_ ^= 1;", "", "pooling", "264"),
-    "a row too few expected": ("row_ring.cuh", "int count = 0;", "int count = -1;", "pooling", "264"),
-    "a stage refilled while it is read": (
-        "pooling.cuh",
-        "                shared.logits.sum(logits, step / TOKENS);\n"
-        "                if constexpr (RING) ask(step + call.stages * TOKENS);\n",
-        "                if constexpr (RING) ask(step + call.stages * TOKENS);\n"
-        "                shared.logits.sum(logits, step / TOKENS);\n",
-        "pooling",
-        "264",
+    "a ring's second round taken for its first": without("row_ring.cuh", "phase_ ^= 1;", width="264"),
+    "a row too few expected": Mutation("row_ring.cuh", "int count = 0;", "int count = -1;", width="264"),
+    "a stage refilled while it is read": asked_before(
+        "pooling.cuh", "                shared.logits.sum(logits, step / TOKENS);\n", "pooling"
     ),
-    "a stage refilled while it is read, means": (
+    "a stage refilled while it is read, means": Mutation(
         "pooling.cuh",
         "            __syncthreads();\n            ask(step",
         "            ask(step",
-        "pooling",
-        "264",
+        width="264",
     ),
-    "a stage refilled while it is read, backward": (
+    "a stage refilled while it is read, backward": asked_before(
         "pooling_backward.cuh",
-        "            shared.dots.sum(dots, step / TOKENS);\n"
-        "            if constexpr (RING) ask(step + call.stages * TOKENS);\n",
-        "            if constexpr (RING) ask(step + call.stages * TOKENS);\n"
         "            shared.dots.sum(dots, step / TOKENS);\n",
         "pooling_backward",
-        "264",
+    ),
+    "no barrier before warps' shares are added": Mutation(
+        "experts.cuh",
+        "parts[warp][r][unit] = sums[0];\n    }\n    __syncthreads();\n",
+        "parts[warp][r][unit] = sums[0];\n    }\n",
+        source="experts",
+        width="600",
+    ),
+    "units beyond a tile's end": Mutation(
+        "experts.cuh",
+        "if (tile.first + u < tile.units) out[",
+        "out[",
+        source="experts",
+        width="16",
+        beyond=True,
+    ),
+    "no barrier between steps of units": without(
+        "experts_backward.cuh",
+        "            __syncthreads();  // the step before may still be read\n#pragma unroll 4\n",
+        source="experts_backward",
+        width="16",
+    ),
+    "no barrier between steps of rows": without(
+        "experts_backward.cuh",
+        "            __syncthreads();  // the step before may still be read\n#pragma unroll 2\n",
+        source="experts_backward",
+        width="16",
+    ),
+    "rows beyond the batch": Mutation(
+        "experts_backward.cuh",
+        "u < count && r < rows",
+        "u < count",
+        source="experts_backward",
+        width="16",
+        beyond=True,
+    ),
+    "a pair too many": Mutation(
+        "loss.cuh", "i < call.pairs;", "i <= call.pairs;", source="loss", beyond=True
     ),
 }
 
@@ -125,28 +148,23 @@ def objects():
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_broken_kernel_is_noticed(name, objects, tmp_path):
-    file, text, instead, broken, width = MUTATIONS[name]
+    mutation = MUTATIONS[name]
     sources = shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    original = (sources / file).read_text()
-    assert original.count(text) == 1, f"{file} does not hold this once: {text!r}"
-    (sources / file).write_text(original.replace(text, instead))
+    original = (sources / mutation.file).read_text()
+    assert original.count(mutation.text) == 1, f"{mutation.file} does not hold this once: {mutation.text!r}"
+    (sources / mutation.file).write_text(original.replace(mutation.text, mutation.instead))
     compiler = native_build.find_compiler()
-    flags = [
-        "-std=c++20",
-        "-O0",
-        "-fsanitize=address",
-        "-Wno-unknown-pragmas",
-        f"-I{sources}",
-        f"-I{EMULATION}",
-        "-D__CUDA_ARCH_LIST__=800,900",
-    ]
+    sanitizer = ["-fsanitize=address"] if mutation.beyond else []  # twice the time
+    flags = ["-std=c++20", "-O0", *sanitizer, *EMULATED_OPTIONS, f"-I{sources}"]
     mutant = tmp_path / "mutant.o"
-    source = ["-x", "c++", "-c", sources / f"{broken}.cu", "-o", mutant]
-    subprocess.run([*compiler, *flags, *source], check=True)
-    others = [x for x in objects if x.name != f"{broken}.cu.o"]
+    source = sources / f"{mutation.source}.cu"
+    subprocess.run([*compiler, *flags, "-c", source, "-o", mutant], check=True)
+    others = [x for x in objects if x.name != f"{source.name}.o"]
     assert len(others) == len(objects) - 1
     program = tmp_path / "mutant"
     options = ["-fsanitize=address", "-fopenmp", "-no-pie", "-Wl,--unresolved-symbols=ignore-all"]
     subprocess.run([*compiler, *options, mutant, *others, "-o", program], check=True)
     places = (f"{device}-{schedule}" for device in ("cuda90", "cuda80") for schedule in SCHEDULES)
-    assert any(run(program, ["--stop", place], [width]).returncode for place in places), "it went unnoticed"
+    assert any(run(program, ["--stop", place], [mutation.width]).returncode for place in places), (
+        "it went unnoticed"
+    )

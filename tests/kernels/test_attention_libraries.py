@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import adajudge_kernels as ak
-from adajudge_kernels import env, tune
+from adajudge_kernels import env, measurements, tune
 from adajudge_kernels.refinement import libraries
 from adajudge_kernels.refinement.ops import sequence_attention
 
@@ -153,7 +153,7 @@ def test_torchs_own_takes_the_arguments_that_are_passed():
 @pytest.fixture
 def file(tmp_path, monkeypatch):
     path = tmp_path / "attention-some-gpu.json"
-    for module in (libraries, tune):
+    for module in (measurements, tune):
         monkeypatch.setattr(module, "measured_file", lambda kind: path)
     libraries.measured_attention.cache_clear()
     yield path

@@ -1,15 +1,17 @@
 """Which backend serves a call: forced, automatic, logged, never silently replaced."""
 
+import json
 import logging
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import adajudge_kernels as ak
-from adajudge_kernels import backends
+from adajudge_kernels import backends, compiled
 
 LAYOUT = ak.SequenceLayout.packed([1], [2])
 CPU = torch.device("cpu")
@@ -117,10 +119,61 @@ def test_a_backend_may_be_forced_for_some_families_only():
         pass
 
 
-def test_cuda_tensors_go_to_triton_where_it_is_installed(monkeypatch):
-    for found, backend in ((True, "triton"), (False, "reference")):
-        monkeypatch.setattr(backends, "_TRITON_FOUND", found)
-        assert backends.choose_backend(torch.device("cuda"), "pooling").backend == backend
+@pytest.mark.parametrize(
+    ("triton", "cuda", "chosen"),
+    [(True, True, "triton"), (True, False, "triton"), (False, True, "cuda"), (False, False, "reference")],
+)
+def test_cuda_tensors_go_to_triton_if_nothing_was_measured_and_it_is_there(monkeypatch, triton, cuda, chosen):
+    monkeypatch.setattr(backends, "_TRITON_FOUND", triton)
+    monkeypatch.setattr(backends, "unavailable_reason", lambda *_: None if cuda else "there is none")
+    backends.fastest_on_gpu.cache_clear()
+    assert backends.choose_backend(torch.device("cuda"), "pooling").backend == chosen
+    backends.fastest_on_gpu.cache_clear()
+
+
+def test_a_traced_function_takes_the_fastest_backend_as_a_constant(monkeypatch, tmp_path):
+    """What `choose_backend` asks on a GPU may read a file, which no trace can."""
+    file = tmp_path / "backends.json"
+    file.write_text("{}")
+    monkeypatch.setattr(backends, "measured_names", lambda *_: json.loads(file.read_text()))
+
+    cuda = torch.device("cuda")
+
+    def call(x):
+        return x + len(backends.choose_backend(cuda, "pooling").backend)
+
+    backends.fastest_on_gpu.cache_clear()
+    x = torch.zeros(2)
+    assert torch.equal(torch.compile(call, fullgraph=True, backend="eager")(x), call(x))
+
+
+@pytest.mark.parametrize(
+    ("code", "capability", "served"),
+    [
+        ("sm_80;sm_90", (8, 0), True),
+        ("sm_80;sm_90", (8, 6), True),
+        ("sm_80;sm_90", (7, 5), False),
+        ("sm_80;sm_90", (10, 0), False),
+        ("sm_86", (8, 0), False),
+        ("sm_80;compute_80", (12, 0), True),
+        ("sm_90a", (9, 0), True),
+        ("sm_90a;compute_90a", (10, 0), False),
+        ("sm_100f", (10, 3), True),
+        ("sm_120;compute_120", (10, 0), False),
+    ],
+)
+def test_compiled_code_serves_what_cuda_says(code, capability, served):
+    assert backends.serves_capability(code, capability) == served
+
+
+@pytest.mark.skipif(compiled.missing is not None, reason="nothing is compiled here")
+def test_kernels_for_other_gpus_say_what_to_build(monkeypatch):
+    module = SimpleNamespace(with_cuda=True, emulated=False, cuda_code="sm_80;sm_90")
+    monkeypatch.setattr(compiled, "module", module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
+    with pytest.raises(ValueError, match=r"of 12.0: install it anew with TORCH_CUDA_ARCH_LIST=12.0"):
+        ak.use_backend("cuda").__enter__()
 
 
 def test_everything_but_triton_works_where_triton_is_not_installed():

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from adajudge_kernels import backends, tune
+from adajudge_kernels import backends, measurements, tune
 from adajudge_kernels.pooling import configurations
 from adajudge_kernels.pooling.configurations import Tile, candidates, default_tile
 
@@ -133,3 +133,66 @@ def test_tiles_are_powers_of_two_within_a_chunk():
                     assert isinstance(tile, Tile)
                     assert all(x & (x - 1) == 0 for x in tile[:3])
                     assert tile.tokens <= configurations.CHUNK_TOKENS
+
+
+@pytest.fixture
+def backends_file(tmp_path, monkeypatch):
+    """The file of the fastest backends on a GPU that is not here, and that everything runs on."""
+    path = tmp_path / "backends-some-gpu.json"
+    for module in (measurements, tune):
+        monkeypatch.setattr(module, "measured_file", lambda kind: path)
+    for module in (backends, tune):
+        monkeypatch.setattr(module, "unavailable_reason", lambda backend, family=None: None)
+    backends.fastest_on_gpu.cache_clear()
+    yield path
+    backends.fastest_on_gpu.cache_clear()
+
+
+def chosen_on_gpu(family):
+    return backends.choose_backend(torch.device("cuda"), family)
+
+
+@pytest.mark.parametrize(("cuda", "chosen"), [(0.9, "cuda"), (0.99, "triton"), (1.5, "triton")])
+def test_the_faster_backend_serves_later_calls(backends_file, monkeypatch, cuda, chosen):
+    monkeypatch.setattr(backends, "_TRITON_FOUND", True)
+    assert chosen_on_gpu("pooling") == ("triton", "the usual one on GPUs")
+    times = {"triton": 1.0, "cuda": cuda}
+
+    def measure(call):
+        return times[backends.choose_backend(torch.device("cuda"), call()).backend]
+
+    shapes = [{family: lambda family=family: family for family in ("pooling", "loss")}] * 2
+    found = tune.tune_backends(shapes, measure)
+    assert found == {"pooling": chosen, "loss": chosen}
+    tune.write_backends(found)
+    assert json.loads(backends_file.read_text()) == found
+    assert chosen_on_gpu("pooling") == (chosen, "measured to be the fastest on this GPU")
+    assert chosen_on_gpu("refinement") == ("triton", "the usual one on GPUs")
+
+
+def test_a_measured_backend_that_cannot_be_used_is_passed_over(backends_file, monkeypatch):
+    monkeypatch.setattr(backends, "_TRITON_FOUND", True)
+    backends_file.write_text('{"pooling": "cuda"}')
+    monkeypatch.setattr(backends, "unavailable_reason", lambda backend, family=None: "no GPU")
+    assert chosen_on_gpu("pooling").backend == "triton"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"pooling": "fast"}'])
+def test_a_broken_file_of_backends_is_told_and_not_used(backends_file, text, monkeypatch, caplog):
+    monkeypatch.setattr(backends, "_TRITON_FOUND", True)
+    backends_file.write_text(text)
+    assert chosen_on_gpu("pooling").backend == "triton"
+    assert "is not used" in caplog.text
+
+
+def test_what_is_timed_for_a_backend_gives_gradients_of_everything():
+    calls = tune.backend_calls(64, 2, torch.float32, 2048, torch.device("cpu"))
+    assert set(calls) == set(backends.SERVED["cuda"]) & set(backends.SERVED["triton"])
+    for call in calls.values():
+        assert all(grad.isfinite().all() for grad in call())
+
+
+def test_without_cuda_kernels_nothing_is_chosen(monkeypatch, capsys):
+    monkeypatch.setattr(tune, "unavailable_reason", lambda backend: "there is none")
+    assert tune.tune_backends([], lambda call: 1.0) == {}
+    assert "cuda cannot be used: there is none" in capsys.readouterr().out

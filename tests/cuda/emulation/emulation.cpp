@@ -123,21 +123,24 @@ void start() {
     yield();
 }
 
+// Of two threads, whether the second is to run before the first.
+bool comes_later(int a, int b) { return schedule == Schedule::forward ? a > b : a < b; }
+
+void add_ready(int index) {
+    fibers[index].state = State::ready;
+    ready.push_back(index);
+    if (schedule != Schedule::random) std::push_heap(ready.begin(), ready.end(), comes_later);
+}
+
 void make_ready(int first, int last, State waiting) {
     for (int i = first; i < last; ++i)
-        if (fibers[i].state == waiting) {
-            fibers[i].state = State::ready;
-            ready.push_back(i);
-        }
+        if (fibers[i].state == waiting) add_ready(i);
 }
 
 int take_ready() {
-    auto chosen = ready.begin();
-    if (schedule == Schedule::forward) chosen = std::min_element(ready.begin(), ready.end());
-    if (schedule == Schedule::backward) chosen = std::max_element(ready.begin(), ready.end());
-    if (schedule == Schedule::random) chosen += generator() % ready.size();
-    const int index = *chosen;
-    *chosen = ready.back();
+    if (schedule == Schedule::random) std::swap(ready[generator() % ready.size()], ready.back());
+    else std::pop_heap(ready.begin(), ready.end(), comes_later);
+    const int index = ready.back();
     ready.pop_back();
     return index;
 }
@@ -191,8 +194,7 @@ bool run_block() {
                 mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
         fiber.context.start_at(start, fiber.stack, STACK);
         fiber.exchanges = 0;
-        fiber.state = State::ready;
-        ready.push_back(i);
+        add_ready(i);
     }
     while (!ready.empty()) {
         resume(take_ready());
@@ -221,8 +223,7 @@ void wait_for_block() {
     if (++arrived == threads) {
         arrived = 0;
         make_ready(0, threads, State::waits_for_block);
-        fibers[current].state = State::ready;
-        ready.push_back(current);
+        add_ready(current);
     } else {
         fibers[current].state = State::waits_for_block;
     }
