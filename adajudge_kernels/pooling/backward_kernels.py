@@ -89,6 +89,8 @@ def scan_backward(
         beta = tl.where(seen, tl.exp(tl.where(seen, logit, lse) - lse), 0.0)
         d_logit = tl.where(seen, beta * grad_dot, 0.0)
         g = beta[:, None] * g_attention[None, :] + d_logit[:, None] * w[None, :]
+        if RESPONSE_ONLY:
+            g = tl.where(seen[:, None], g, 0.0)  # however large g_A is
         d_weight += tl.sum(d_logit[:, None] * (h - z[None, :]), axis=0)
         if VIEWS:
             g += tl.where((role == RESPONSE)[:, None], g_mean[None, :], 0.0)
@@ -207,13 +209,14 @@ def spread_attention(
     D: tl.constexpr,
     K: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    RESPONSE_ONLY: tl.constexpr,
     CHUNK: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """Gradient of shared prompt tokens: ``dH_k,t = sum_b alpha_bk (beta_bt g_A,b + dlogit_bt w)`` over the candidates
-    that read the token, in their order. Needs no states. Grid (chunks of groups, blocks of D)."""
+    that read the token, in their order; zeros with RESPONSE_ONLY. Needs no states. Grid (chunks of groups, blocks of D)."""
     chunk = tl.program_id(0).to(tl.int64)
     group = groups + tl.load(group_chunks + chunk).to(tl.int64) * 5
     start = tl.load(group)
@@ -225,6 +228,8 @@ def spread_attention(
     is_prompt = readers != 1
     if readers == 1:
         is_prompt = tl.load(sequences + reader.to(tl.int64) * 8 + 2) != start
+    if RESPONSE_ONLY:
+        readers = 0
     if is_prompt:
         columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = columns < D

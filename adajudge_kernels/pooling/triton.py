@@ -287,6 +287,7 @@ def _views_backward(
                 tables.sequences,
                 tables.groups,
                 tables.group_chunks,
+                RESPONSE_ONLY=response_only,
                 **constants,
                 **_constants(spread, acc),
             )
