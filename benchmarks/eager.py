@@ -49,6 +49,23 @@ def eager_pooling(states, alpha, weight, bias, attention_mask, response_mask):
     return refined[rows, last], mean, (beta.unsqueeze(-1) * refined).sum(dim=1)
 
 
+def eager_packed_pooling(states, alpha, weight, bias, sequence, response, last):
+    """The same of packed states ``[T, d]``: each token's `sequence`, whether it is of the `response`, each sequence's `last` row."""
+    count, d = len(last), states[0].shape[1]
+    refined = alpha[sequence, 0, None] * states[0]
+    for k in range(1, len(states)):
+        refined = refined + alpha[sequence, k, None] * states[k]
+    logits = (refined @ weight + bias).float()
+    top = logits.new_full((count,), float("-inf")).scatter_reduce(0, sequence, logits, "amax")
+    exponentials = torch.exp(logits - top[sequence])
+    beta = exponentials / logits.new_zeros(count).index_add(0, sequence, exponentials)[sequence]
+    zeros = torch.zeros(count, d, device=refined.device)
+    attention = zeros.index_add(0, sequence, beta[:, None] * refined)
+    total = zeros.index_add(0, sequence[response], refined[response].float())
+    counts = torch.bincount(sequence[response], minlength=count)
+    return refined[last], total / counts[:, None], attention
+
+
 def masked_mean(hidden, mask):
     total = (hidden.float() * mask[:, :, None]).sum(dim=1)
     return total / mask.sum(dim=1, keepdim=True).clamp(min=1)

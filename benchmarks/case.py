@@ -1,0 +1,112 @@
+"""What a benchmark case is: several sides that compute the same, and what the work needs at least.
+
+A case is built by a function that a fresh process can call too, so that peak memory can be measured there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+OURS = "adajudge_kernels"
+PLACES = 3  # in memory, that the rounds of a case go through: which pages a tensor lies in changes a figure by a third
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the largest exact number, at least of 1
+
+
+class DifferentResults(AssertionError):
+    """A side of a case computes something else."""
+
+
+@dataclasses.dataclass
+class Side:
+    """One way to compute a case."""
+
+    run: Callable[..., Sequence[Tensor]]  # of the leaves: the outputs
+    places: list[
+        list[Tensor]
+    ]  # the leaves, which gradients are wanted of: the same numbers in several places of memory
+    real: Callable[[Tensor], Tensor] = lambda grad: (
+        grad
+    )  # a leaf's gradient as `Case.exact` has it, without padding
+
+    def outputs(self, place: int, backward: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """The outputs, and if wanted the leaves' gradients of the sum of the outputs' squares."""
+        leaves = self.places[place % len(self.places)]
+        with torch.set_grad_enabled(backward):
+            outputs = list(self.run(*leaves))
+            if not backward:
+                return outputs, []
+            total = sum(output.float().square().sum() for output in outputs)
+        return [output.detach() for output in outputs], list(torch.autograd.grad(total, leaves))
+
+
+@dataclasses.dataclass
+class Case:
+    """Sides that do the same work on the same numbers.
+
+    `exact(backward)`: outputs and gradients in fp64, with which every side is compared before it is timed. Bytes and
+    multiply-adds are the least that the forward needs, whoever computes it.
+    """
+
+    group: str
+    shape: str
+    dtype: torch.dtype
+    device: torch.device
+    sides: dict[str, Side]
+    exact: Callable[[bool], tuple[list[Tensor], list[Tensor]]]
+    tokens: int  # useful ones: no padding
+    forward_bytes: int
+    backward_bytes: int  # forward and backward together
+    multiply_adds: int = 0  # of the forward's matrix products
+    tolerance: float | None = None
+
+    def check(self, name: str, backward: bool) -> None:
+        """Raises DifferentResults if a side's outputs or gradients differ from the exact ones by more than its dtype explains."""
+        side = self.sides[name]
+        found, expected = side.outputs(0, backward), self.exact(backward)
+        tolerance = self.tolerance or TOLERANCE[self.dtype]
+        pairs = [*zip(found[0], expected[0], strict=True)]
+        pairs += [(side.real(x), y) for x, y in zip(found[1], expected[1], strict=True)]
+        for index, (x, y) in enumerate(pairs):
+            if not y.numel():
+                continue
+            error = float((x.reshape(y.shape).double() - y).detach().abs().max())
+            bound = tolerance * max(1.0, float(y.detach().abs().max()))
+            if not error <= bound:
+                what = f"output {index}" if index < len(found[0]) else f"gradient {index - len(found[0])}"
+                raise DifferentResults(
+                    f"{self.group}, {name}: {what} is off by {error:.2g}, allowed {bound:.2g}"
+                )
+
+    def input_bytes(self, name: str) -> int:
+        """Of the leaves that bandwidth is measured on."""
+        return sum(x.nbytes for x in self.sides[name].places[0])
+
+
+def copies(tensors: Sequence[Tensor], places: int) -> list[list[Tensor]]:
+    """Leaves in several places of memory."""
+    return [[x.detach().clone().requires_grad_() for x in tensors] for _ in range(places)]
+
+
+def exact_by_parts(
+    run: Callable[..., Sequence[Tensor]], leaves: Sequence[Tensor], sequences: int, backward: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs and gradients in fp64, sixteen sequences at a time: fp64 of a whole large case would not fit.
+
+    Args:
+        run: of a slice of the sequences, and the leaves in fp64: their outputs, a row for each.
+        leaves, sequences: the leaves, and of how many sequences.
+    """
+    doubles = [x.detach().double().requires_grad_(backward) for x in leaves]
+    parts = []
+    for start in range(0, sequences, 16):
+        outputs = run(slice(start, start + 16), *doubles)
+        if backward:
+            sum(output.square().sum() for output in outputs).backward()
+        parts.append([output.detach() for output in outputs])
+    return [torch.cat(rows) for rows in zip(*parts, strict=True)], [
+        x.grad for x in doubles
+    ] if backward else []
