@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import measuring, sizes
 
-SIZED = {"tokens", "pooled", "rows", "pairs", "head_tokens"}
+SIZED = {"tokens", "pooled", "rows", "pairs", "head_tokens", "backbones"}
 
 
 def pytest_addoption(parser):

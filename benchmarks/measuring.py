@@ -6,6 +6,7 @@ another side, on the same numbers, and rounds go through several places in memor
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 import time
@@ -21,6 +22,7 @@ from benchmarks.memory import peak_bytes
 
 SECONDS = 1.5  # of rounds, that a side gets at most
 ROUNDS = range(5, 19)  # so many at least, and at most
+LEAST_BYTES = 32 << 20  # of leaves, to measure memory's bandwidth on them; smaller ones lie in caches
 CACHE_BYTES = 128 << 20  # more than a GPU's caches hold: what rounds go through there
 
 _kept: dict[Any, Case] = {}  # the last case, for its other sides
@@ -61,6 +63,12 @@ def transfer(tensors: Sequence[Tensor], device: torch.device) -> float:
     return 2 * moved / timed(lambda: [to.copy_(x) for to, x in zip(copies, words, strict=True)], device)
 
 
+@functools.cache
+def spare(device: torch.device) -> list[Tensor]:
+    """Numbers to measure memory's bandwidth on, where a case has too few."""
+    return [torch.zeros(64 << 20, dtype=torch.float32, device=device)]
+
+
 def event_median(run: Callable[[int], Any], rounds: int) -> float:
     """Seconds between two CUDA events around a round, the median."""
     times = []
@@ -93,6 +101,7 @@ def measure(
     places = itertools.count()
     bandwidths: list[float] = []
     ours: list[float] = []
+    in_memory = case.input_bytes(side) >= LEAST_BYTES
 
     def run(place: int, name: str = side) -> None:
         case.sides[name].outputs(place, backward)
@@ -101,7 +110,7 @@ def measure(
     def between_rounds() -> tuple[tuple[int], dict[str, Any]]:
         place = next(places)
         leaves = case.sides[side].places
-        bandwidths.append(transfer(leaves[place % len(leaves)], device))
+        bandwidths.append(transfer(leaves[place % len(leaves)] if in_memory else spare(device), device))
         if side != OURS:
             ours.append(timed(lambda: case.sides[OURS].outputs(place, backward), device))
         return (place,), {}

@@ -1,4 +1,4 @@
-"""What is measured on a device: enough to see how time grows, within the minutes that `make bench` and `make bench-gpu` have."""
+"""What is measured on a device: enough to see how time grows, within the minutes of `make bench` and `make bench-gpu`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ class Sizes:
     pairs: tuple[int, ...]  # of the loss
     head_width: int
     head_tokens: tuple[int, ...]
+    backbones: tuple[str, ...]  # of `backbones.CONFIGURATIONS`
+    prompts: int  # scored, six responses each
+    length_scale: float  # of their lengths
 
 
 CPU = Sizes(
@@ -35,7 +38,10 @@ CPU = Sizes(
     rows=(1, 16, 256),
     pairs=(4096,),
     head_width=256,
-    head_tokens=(512, 2048),
+    head_tokens=(512, 1024, 2048),
+    backbones=("tiny",),
+    prompts=6,
+    length_scale=0.25,
 )
 GPU = Sizes(
     dtypes=(BF16,),
@@ -47,7 +53,10 @@ GPU = Sizes(
     rows=(1, 4, 16, 64, 512),
     pairs=(256, 65536),
     head_width=4096,
-    head_tokens=(4096, 16384),
+    head_tokens=(4096, 16384, 65536),
+    backbones=("Qwen3-0.6B", "Qwen3-4B", "Qwen3-8B", "Phi-3.5-mini"),
+    prompts=64,
+    length_scale=1.0,
 )
 
 
