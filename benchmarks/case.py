@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,17 +21,30 @@ class DifferentResults(AssertionError):  # noqa: N818 (it is no error of the pro
     """A side of a case computes something else."""
 
 
+def widened(x: Tensor) -> Tensor:
+    """In fp32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
 @dataclasses.dataclass
 class Side:
-    """One way to compute a case."""
+    """One way to compute a case.
 
-    run: Callable[..., Sequence[Tensor]]  # of the leaves: the outputs
-    places: list[
-        list[Tensor]
-    ]  # the leaves, which gradients are wanted of: the same numbers in several places of memory
-    real: Callable[[Tensor], Tensor] = lambda grad: (
-        grad
-    )  # a leaf's gradient as `Case.exact` has it, without padding
+    Attributes:
+        run: of the leaves: the outputs.
+        places: the leaves, which gradients are wanted of: the same numbers in several places of memory.
+        real: a leaf's gradient as `Case.exact` has it, without padding.
+        shown: an output likewise.
+    """
+
+    run: Callable[..., Sequence[Tensor]]
+    places: list[list[Tensor]]
+    real: Callable[[Tensor], Tensor] = as_it_is
+    shown: Callable[[Tensor], Tensor] = as_it_is
 
     def outputs(self, place: int, backward: bool) -> tuple[list[Tensor], list[Tensor]]:
         """The outputs, and if wanted the leaves' gradients of the sum of the outputs' squares."""
@@ -39,13 +53,13 @@ class Side:
             outputs = list(self.run(*leaves))
             if not backward:
                 return outputs, []
-            total = sum(output.float().square().sum() for output in outputs)
+            total = sum(widened(output).square().sum() for output in outputs)
         return [output.detach() for output in outputs], list(torch.autograd.grad(total, leaves))
 
 
 @dataclasses.dataclass
 class Case:
-    """Sides that do the same work on the same numbers.
+    """Sides that do the same work on the same numbers; `floors` are sides that do a part of it: nobody can be faster.
 
     `exact(backward)`: outputs and gradients in fp64, with which every side is compared before it is timed. Bytes and
     multiply-adds are the least that the forward needs, whoever computes it.
@@ -62,9 +76,8 @@ class Case:
     backward_bytes: int  # forward and backward together
     multiply_adds: int = 0  # of the forward's matrix products
     tolerance: float | None = None
-    floors: frozenset[str] = (
-        frozenset()
-    )  # sides that do a part of the work only: what no side can be faster than
+    floors: frozenset[str] = frozenset()
+    _exact: dict[bool, tuple[list[Tensor], list[Tensor]]] = dataclasses.field(default_factory=dict)
 
     def check(self, name: str, backward: bool) -> None:
         """Compare a side with the exact results.
@@ -75,7 +88,9 @@ class Case:
         if name in self.floors:
             return
         side = self.sides[name]
-        found, expected = side.outputs(0, backward), self.exact(backward)
+        if backward not in self._exact:
+            self._exact[backward] = self.exact(backward)
+        found, expected = side.outputs(0, backward), self._exact[backward]
         tolerance = self.tolerance or TOLERANCE[self.dtype]
         pairs = [(side.shown(x), y) for x, y in zip(found[0], expected[0], strict=True)]
         pairs += [(side.real(x), y) for x, y in zip(found[1], expected[1], strict=True)]
@@ -93,6 +108,19 @@ class Case:
     def input_bytes(self, name: str) -> int:
         """Of the leaves that bandwidth is measured on."""
         return sum(x.nbytes for x in self.sides[name].places[0])
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` under torch.compile for the shapes of its first call, compiled then."""
+    made: list[Callable[..., Any]] = []
+
+    def call(*args: Any) -> Any:
+        if not made:
+            torch._dynamo.reset()  # else a second case's shapes would be compiled as symbols
+            made.append(torch.compile(function, dynamic=False))
+        return made[0](*args)
+
+    return call
 
 
 def copies(tensors: Sequence[Tensor], places: int) -> list[list[Tensor]]:

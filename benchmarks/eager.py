@@ -8,6 +8,8 @@ same work.
 import torch
 import torch.nn.functional as F
 
+from benchmarks.case import widened
+
 
 def eager_head(head, hidden, attention_mask, response_mask):
     """Rewards ``[B]`` of right-padded states ``[B, L, d]``; masks ``[B, L]`` of ones and zeros."""
@@ -53,19 +55,19 @@ def eager_packed_pooling(states, alpha, weight, bias, sequence, response, last):
     refined = alpha[sequence, 0, None] * states[0]
     for k in range(1, len(states)):
         refined = refined + alpha[sequence, k, None] * states[k]
-    logits = (refined @ weight + bias).float()
+    logits = widened(refined @ weight + bias)
     top = logits.new_full((count,), float("-inf")).scatter_reduce(0, sequence, logits, "amax")
     exponentials = torch.exp(logits - top[sequence])
     beta = exponentials / logits.new_zeros(count).index_add(0, sequence, exponentials)[sequence]
     zeros = torch.zeros(count, d, device=refined.device)
     attention = zeros.index_add(0, sequence, beta[:, None] * refined)
-    total = zeros.index_add(0, sequence[response], refined[response].float())
+    total = zeros.index_add(0, sequence[response], widened(refined[response]))
     counts = torch.bincount(sequence[response], minlength=count)
     return refined[last], total / counts[:, None], attention
 
 
 def masked_mean(hidden, mask):
-    total = (hidden.float() * mask[:, :, None]).sum(dim=1)
+    total = (widened(hidden) * mask[:, :, None]).sum(dim=1)
     return total / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 

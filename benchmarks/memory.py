@@ -1,4 +1,4 @@
-"""Peak memory of one side of a case beyond its inputs, its outputs and its gradients: what the computation itself needs.
+"""Peak memory of one side of a case beyond its inputs.
 
 On a GPU the allocator says it. On the CPU the kernel says it of a process that does nothing else: a child of a server that has
 imported everything and computed nothing, so that no memory freed before is there to be used again.
@@ -16,7 +16,12 @@ import torch
 
 from benchmarks.case import Case
 
-PRELOADED = ["torch", "adajudge_kernels", "benchmarks.case", "benchmarks.eager"]
+PRELOADED = [
+    "benchmarks.batches",
+    "benchmarks.eager",
+    "benchmarks.backbones",
+    "transformers.models.qwen3.modeling_qwen3",
+]
 
 
 def peak_bytes(build: Callable[[int], Case], side: str, backward: bool, device: torch.device) -> int | None:
@@ -49,9 +54,9 @@ def _peak_of_allocator(case: Case, side: str, backward: bool) -> int:
     gc.collect()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    results = case.sides[side].outputs(0, backward)
+    case.sides[side].outputs(0, backward)
     torch.cuda.synchronize()
-    return max(0, torch.cuda.max_memory_allocated() - before - _bytes_of(results))
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _measure_process(sender, build, side, backward, threads) -> None:
@@ -64,14 +69,10 @@ def _measure_process(sender, build, side, backward, threads) -> None:
     libc.malloc_trim(0)
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    results = case.sides[side].outputs(0, backward)
-    sender.send(max(0, _status("VmHWM") - before - _bytes_of(results)))
+    case.sides[side].outputs(0, backward)
+    sender.send(_status("VmHWM") - before)
 
 
 def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field + ":"))
-
-
-def _bytes_of(results) -> int:
-    return sum(x.nbytes for tensors in results for x in tensors)

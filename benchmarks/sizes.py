@@ -38,9 +38,9 @@ CPU = Sizes(
     rows=(1, 16, 256),
     pairs=(4096,),
     head_width=256,
-    head_tokens=(512, 1024, 2048),
+    head_tokens=(256, 512, 1024),
     backbones=("tiny",),
-    prompts=6,
+    prompts=4,
     length_scale=0.25,
 )
 GPU = Sizes(

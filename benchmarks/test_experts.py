@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import adajudge_kernels as ak
-from benchmarks.case import OURS, TOLERANCE, Case, Side, copies
+from benchmarks.case import OURS, TOLERANCE, Case, Side, compiled, copies
 from benchmarks.eager import eager_experts
 
 HIDDEN = 256
@@ -29,14 +29,11 @@ def experts_case(rows, width, dtype, device, places):
         *((HIDDEN, 4 * width), (HIDDEN,), (3, HIDDEN), (3,)),
     )
     weights = [(drawn(*shape) / shape[-1] ** 0.5).to(dtype) for shape in shapes]
-    torch._dynamo.reset()
 
     def eager(*leaves):
         rounded = [view.to(dtype) for view in leaves[:4]]
         named = types.SimpleNamespace(**ak.ExpertWeights(*leaves[4:])._asdict())
         return [eager_experts(named, rounded[:3], rounded[3])]
-
-    compiled = torch.compile(eager, dynamic=False)
 
     def ours(*leaves):
         return [ak.gated_expert_combination(*leaves[:4], ak.ExpertWeights(*leaves[4:])).reward]
@@ -58,7 +55,7 @@ def experts_case(rows, width, dtype, device, places):
         sides={
             OURS: Side(ours, placed),
             "eager": Side(eager, placed),
-            "torch.compile": Side(compiled, placed),
+            "torch.compile": Side(compiled(eager), placed),
         },
         exact=exact,
         tokens=rows,  # sequences

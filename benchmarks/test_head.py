@@ -10,7 +10,7 @@ import adajudge_kernels as ak
 from benchmarks import lengths
 from benchmarks.backbones import draw_head
 from benchmarks.batches import Batch
-from benchmarks.case import OURS, TOLERANCE, Case, Side
+from benchmarks.case import OURS, TOLERANCE, Case, Side, compiled
 from benchmarks.eager import eager_head, eager_refinement
 
 
@@ -52,10 +52,9 @@ def head_case(part, tokens, width, depths, dtype, device, places):
         return (outputs if part == "head" else [batch.flat(x) for x in outputs]), gradients
 
     def flat(x):
-        return batch.flat(x) if x.dim() == 3 and len(x) == len(batch.index) else x
+        return batch.flat(x) if x.shape[:2] == batch.index.shape else x
 
-    torch._dynamo.reset()
-    compiled = torch.compile(eager, dynamic=False)
+    fused = compiled(eager)
     padded = leaves(batch.pad(hidden))
     squares = int(batch.attention.sum(dim=1).square().sum())
     states_bytes, weights = hidden.nbytes, sum(p.nbytes for p in parameters)
@@ -67,7 +66,7 @@ def head_case(part, tokens, width, depths, dtype, device, places):
         sides={
             OURS: Side(ours, leaves(hidden)),
             "eager": Side(lambda x, *_: eager(head, x), padded, flat, flat),
-            "torch.compile": Side(lambda x, *_: compiled(head, x), padded, flat, flat),
+            "torch.compile": Side(lambda x, *_: fused(head, x), padded, flat, flat),
         },
         exact=exact,
         tokens=batch.rows,
@@ -80,13 +79,32 @@ def head_case(part, tokens, width, depths, dtype, device, places):
     )
 
 
-@pytest.mark.parametrize("part", ["refinement", "head"])
-@pytest.mark.parametrize("side", [OURS, "eager", "torch.compile"])
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward_and_backward"])
-def test_head(measured, part, head_tokens, backward, side, chosen, device):
+def case_of(part, tokens, chosen, device):
+    return functools.partial(
+        head_case, part, tokens, chosen.head_width, chosen.depths, chosen.dtypes[0], device
+    )
+
+
+sides = pytest.mark.parametrize("side", [OURS, "eager", "torch.compile"])
+backwards = pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward_and_backward"])
+
+
+def skip_unless_here(side, device):
     if side == "torch.compile" and device.type == "cpu":
         pytest.skip("on a CPU it is eager's matrix products")
-    build = functools.partial(
-        head_case, part, head_tokens, chosen.head_width, chosen.depths, chosen.dtypes[0], device
+
+
+@sides
+@backwards
+def test_refinement(measured, backward, side, chosen, device):
+    skip_unless_here(side, device)
+    measured(
+        case_of("refinement", chosen.head_tokens[1], chosen, device), side, backward, family="refinement"
     )
-    measured(build, side, backward, family="refinement")
+
+
+@sides
+@backwards
+def test_head(measured, head_tokens, backward, side, chosen, device):
+    skip_unless_here(side, device)
+    measured(case_of("head", head_tokens, chosen, device), side, backward, family="refinement")

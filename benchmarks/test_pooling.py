@@ -12,7 +12,7 @@ import torch
 import adajudge_kernels as ak
 from benchmarks import lengths
 from benchmarks.batches import Batch
-from benchmarks.case import OURS, Case, Side, copies, exact_by_parts
+from benchmarks.case import OURS, Case, Side, compiled, copies, exact_by_parts
 from benchmarks.eager import eager_packed_pooling, eager_pooling
 
 GPU_BACKENDS = ("triton", "cuda")
@@ -49,8 +49,6 @@ def pooling_case(group, draw_batch, size, width, depths, dtype, device, places):
     flat_places = copies(flat, places)
     padded_layout, sequence, last = batch.padded_layout, batch.sequence_of, batch.last_rows
     response = batch.layout.roles == ak.TokenRole.RESPONSE
-    torch._dynamo.reset()  # else a second case's shapes would be compiled as symbols
-    compiled = torch.compile(eager_pooling, dynamic=False)
 
     def ours(*states):
         return ak.multi_view_pool(states, *others, batch.layout)
@@ -71,11 +69,12 @@ def pooling_case(group, draw_batch, size, width, depths, dtype, device, places):
 
         return exact_by_parts(some_sequences, flat, count, backward)
 
+    fused = compiled(eager_pooling)
     sides = {
         OURS: Side(ours, flat_places),
         "adajudge_kernels padded": Side(ours_padded, padded, batch.flat),
         "eager": Side(lambda *states: eager_pooling(states, *others, *batch.masks), padded, batch.flat),
-        "torch.compile": Side(lambda *states: compiled(states, *others, *batch.masks), padded, batch.flat),
+        "torch.compile": Side(lambda *states: fused(states, *others, *batch.masks), padded, batch.flat),
         **{backend: Side(functools.partial(forced, backend), flat_places) for backend in GPU_BACKENDS},
     }
     if not batch.layout.shares_prompts:
