@@ -68,7 +68,10 @@ class Batch:
     def pad(self, flat: Tensor, some: slice = slice(None)) -> Tensor:
         """``[rows, d]`` -> ``[B, L, d]``, or `some` of the B sequences; zeros at padding; differentiable."""
         index = self.index[some]
-        return flat[index.clamp(min=0)] * (index >= 0)[..., None]
+        rows = flat.index_select(
+            0, index.clamp(min=0).flatten()
+        )  # its backward is faster than that of flat[index]
+        return rows.unflatten(0, index.shape) * (index >= 0)[..., None]
 
     def flat(self, padded: Tensor) -> Tensor:
         """A gradient ``[B, L, d]`` or ``[B * L, d]`` as one of the flat rows: summed over the sequences that share a row."""

@@ -66,9 +66,9 @@ def experts_case(rows, width, dtype, device, places):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("side", [OURS, "eager", "torch.compile"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward_and_backward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_experts(measured, rows, dtype, backward, side, device):
     if side == "torch.compile" and device.type == "cpu":
         pytest.skip("on a CPU it is eager's matrix products")

@@ -14,9 +14,9 @@ from benchmarks.case import OURS, TOLERANCE, Case, Side, compiled
 from benchmarks.eager import eager_head, eager_refinement
 
 
-def head_case(part, tokens, width, depths, dtype, device, places):
+def head_case(part, tokens, scale, width, depths, dtype, device, places):
     """`part`: "refinement" or "head". Leaves are the states and the parameters."""
-    batch = Batch.packed(*lengths.sequences(tokens), device)
+    batch = Batch.packed(*lengths.sequences(tokens, scale), device)
     torch.manual_seed(0)
     head = ak.AdaJudgeHead(width, depths).to(device)
     draw_head(head)

@@ -16,6 +16,7 @@ from benchmarks.case import OURS, Case, Side, compiled, copies, exact_by_parts
 from benchmarks.eager import eager_packed_pooling, eager_pooling
 
 GPU_BACKENDS = ("triton", "cuda")
+# The parameter next to a test changes least often: a case is drawn once for all its sides.
 backwards = pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward_and_backward"])
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
@@ -105,9 +106,9 @@ def skip_unless_here(side):
         pytest.skip(f"{side}: {reason}")
 
 
-@both_dtypes
 @pytest.mark.parametrize("side", [OURS, "eager", "torch.compile"])
 @backwards
+@both_dtypes
 def test_cpu_pooling(measured, dtype, backward, side, device):
     if device.type != "cpu":
         pytest.skip("a case of CPUs")
@@ -116,9 +117,9 @@ def test_cpu_pooling(measured, dtype, backward, side, device):
     )
 
 
-@both_dtypes
 @pytest.mark.parametrize("side", [OURS, "eager", "torch.compile", *GPU_BACKENDS])
 @backwards
+@both_dtypes
 def test_gpu_pooling(measured, dtype, backward, side, device):
     if device.type != "cuda":
         pytest.skip("a case of GPUs")
