@@ -1,6 +1,5 @@
 """Options, what is measured on which device, and what is said of the machine."""
 
-import ctypes
 import functools
 import importlib.metadata
 import importlib.util
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import measuring, sizes
+from benchmarks.allocator import keep_freed_memory
 
 SIZED = {"tokens", "pooled", "rows", "pairs", "head_tokens", "backbones"}
 
@@ -20,13 +20,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="session", autouse=True)
 def memory_is_kept():
-    """Freed memory stays with the process, as it does in one that has run for a while. Else glibc gives large blocks
-    back to the system and takes them anew, page by page, until its own threshold has grown: whoever runs first pays."""
-    m_trim_threshold, m_mmap_max = -1, -4
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
+    keep_freed_memory()
 
 
 @pytest.fixture(scope="session")
