@@ -12,8 +12,9 @@ EMULATED   := build/emulated/_native.so
 WORKERS    ?= 2
 PYTEST     = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=5
 GPU_ARCH   ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1)
+GPU_NAME   ?= $(shell nvidia-smi --query-gpu=name --format=csv,noheader | head -1 | tr 'A-Z ' 'a-z-')
 
-.PHONY: setup demo test test-sanitizers test-arm lint build-gpu test-gpu bench bench-gpu judge clean
+.PHONY: setup demo test test-sanitizers test-arm lint build-gpu test-gpu bench bench-gpu bench-check judge clean
 
 setup: $(BUILT)
 
@@ -39,6 +40,7 @@ demo: $(BUILT)
 
 test: lint
 	$(PYTEST)
+	$(BIN)/python -m benchmarks.check --short
 	TRITON_INTERPRET=1 $(PYTEST) -k triton-cpu \
 		tests/kernels tests/adajudge/test_judge_on_triton.py
 	$(BIN)/python tests/cuda/emulated_module.py
@@ -68,14 +70,21 @@ build-gpu:
 test-gpu: build-gpu
 	PYTHONPATH=.:python $(GPU_PYTHON) -m pytest tests -m gpu
 
+# One file of results for each device; the report is of all of them.
 bench: $(BUILT)
 	@mkdir -p benchmarks/results
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/cpu.json
+	$(BIN)/python -m benchmarks.report
 
 bench-gpu: build-gpu
 	@mkdir -p benchmarks/results
 	PYTHONPATH=.:python $(GPU_PYTHON) -m pytest benchmarks --benchmark-only --device cuda \
-		--benchmark-json=benchmarks/results/gpu.json
+		--benchmark-json=benchmarks/results/$(GPU_NAME).json
+	PYTHONPATH=.:python $(GPU_PYTHON) -m benchmarks.report
+
+# Fails where our side has become slow beside eager.
+bench-check: $(BUILT)
+	$(BIN)/python -m benchmarks.check
 
 # The built-in judge from nothing: world, backbone, heads, baselines, card. Under 30 minutes on 2 cores.
 judge: $(BUILT)

@@ -1,13 +1,17 @@
-"""Options, and how the read bandwidth that cases are measured against is found."""
+"""Options, what is measured on which device, and what is said of the machine."""
 
-import ctypes
+import functools
 import importlib.metadata
 import importlib.util
 import platform
-import time
 
 import pytest
 import torch
+
+from benchmarks import measuring, sizes
+from benchmarks.allocator import keep_freed_memory
+
+SIZED = {"tokens", "pooled", "rows", "pairs", "head_tokens", "backbones"}
 
 
 def pytest_addoption(parser):
@@ -16,13 +20,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="session", autouse=True)
 def memory_is_kept():
-    """Freed memory stays with the process, as it does in one that has run for a while. Else glibc gives large blocks
-    back to the system and takes them anew, page by page, until its own threshold has grown: whoever runs first pays."""
-    m_trim_threshold, m_mmap_max = -1, -4
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
+    keep_freed_memory()
 
 
 @pytest.fixture(scope="session")
@@ -30,26 +28,23 @@ def device(request):
     return torch.device(request.config.getoption("--device"))
 
 
-@pytest.fixture(scope="session")
-def synchronise(device):
-    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+def pytest_generate_tests(metafunc):
+    """Arguments that name a field of `sizes.Sizes` take its values for the device."""
+    found = sizes.of(torch.device(metafunc.config.getoption("--device")))
+    for name in SIZED & set(metafunc.fixturenames):
+        metafunc.parametrize(name, getattr(found, name), ids=lambda x: str(x).removeprefix("torch."))
+
+
+@pytest.fixture
+def measured(benchmark, device):
+    """`measuring.measure` for this benchmark and device."""
+    return functools.partial(measuring.measure, benchmark, device=device)
 
 
 @pytest.fixture(scope="session")
-def timed_reading(synchronise):
-    """Seconds that a sum over all numbers of some tensors takes: to be measured between the rounds of a case, on its own
-    tensors, as what memory gives changes with the pages they lie in and with the machine's other work."""
-
-    def read(tensors):
-        words = [x.detach().flatten().view(torch.int32).view(torch.float32) for x in tensors]
-        synchronise()
-        started = time.perf_counter()
-        for x in words:
-            x.sum()
-        synchronise()
-        return time.perf_counter() - started
-
-    return read
+def chosen(device):
+    """`sizes.Sizes` of the device."""
+    return sizes.of(device)
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

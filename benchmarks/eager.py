@@ -8,30 +8,29 @@ same work.
 import torch
 import torch.nn.functional as F
 
+from benchmarks.case import widened
+
 
 def eager_head(head, hidden, attention_mask, response_mask):
     """Rewards ``[B]`` of right-padded states ``[B, L, d]``; masks ``[B, L]`` of ones and zeros."""
     real, response = attention_mask.bool(), (response_mask * attention_mask).bool()
-    prompt = real & ~response
-    context = masked_mean(hidden, real)
-    gate = head.refinement.gate
-    depth_weights = torch.softmax(F.linear(context, gate.weight, gate.bias), dim=1)
-    prompt_mean = masked_mean(hidden, prompt)
+    states, depth_weights, prompt_mean = eager_refinement(head.refinement, hidden, real, response)
+    attended = response if head.pooling.attention_tokens == "response" else real
+    pooling = head.pooling.attention_weight, head.pooling.attention_bias
+    views = eager_pooling(states, depth_weights, *pooling, attended, response)
+    return eager_experts(head.experts, views, prompt_mean)
+
+
+def eager_refinement(refinement, hidden, real, response):
+    """K states ``[B, L, d]``, depth weights ``[B, K]`` and prompt mean ``[B, d]``."""
+    context = masked_mean(hidden, real).to(hidden.dtype)
+    depth_weights = torch.softmax(F.linear(context, refinement.gate.weight, refinement.gate.bias), dim=1)
+    prompt_mean = masked_mean(hidden, real & ~response).to(hidden.dtype)
     states = []
-    for block in head.refinement.blocks:
+    for block in refinement.blocks:
         hidden = eager_block(block, hidden, real)
         states.append(hidden)
-    refined = (depth_weights[:, :, None, None] * torch.stack(states, dim=1).float()).sum(dim=1)
-    last = torch.where(response, torch.arange(response.shape[1], device=response.device), -1).amax(dim=1)
-    attended = response if head.pooling.attention_tokens == "response" else real
-    logits = refined @ head.pooling.attention_weight + head.pooling.attention_bias
-    beta = torch.softmax(logits.masked_fill(~attended, float("-inf")), dim=1)
-    views = [
-        refined[torch.arange(len(last), device=last.device), last],
-        masked_mean(refined, response),
-        (beta[:, :, None] * refined).sum(dim=1),
-    ]
-    return eager_experts(head.experts, views, prompt_mean)
+    return states, depth_weights, prompt_mean
 
 
 def eager_pooling(states, alpha, weight, bias, attention_mask, response_mask):
@@ -49,8 +48,26 @@ def eager_pooling(states, alpha, weight, bias, attention_mask, response_mask):
     return refined[rows, last], mean, (beta.unsqueeze(-1) * refined).sum(dim=1)
 
 
+def eager_packed_pooling(states, alpha, weight, bias, sequence, response, last):
+    """The same of packed states ``[T, d]``: `sequence` and `response` say of each token whose it is, and whether it is of a
+    response; `last` is the row of each sequence's last token."""
+    count, d = len(last), states[0].shape[1]
+    refined = alpha[sequence, 0, None] * states[0]
+    for k in range(1, len(states)):
+        refined = refined + alpha[sequence, k, None] * states[k]
+    logits = widened(refined @ weight + bias)
+    top = logits.new_full((count,), float("-inf")).scatter_reduce(0, sequence, logits, "amax")
+    exponentials = torch.exp(logits - top[sequence])
+    beta = exponentials / logits.new_zeros(count).index_add(0, sequence, exponentials)[sequence]
+    zeros = torch.zeros(count, d, device=refined.device)
+    attention = zeros.index_add(0, sequence, beta[:, None] * refined)
+    total = zeros.index_add(0, sequence[response], widened(refined[response]))
+    counts = torch.bincount(sequence[response], minlength=count)
+    return refined[last], total / counts[:, None], attention
+
+
 def masked_mean(hidden, mask):
-    total = (hidden.float() * mask[:, :, None]).sum(dim=1)
+    total = (widened(hidden) * mask[:, :, None]).sum(dim=1)
     return total / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 

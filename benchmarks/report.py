@@ -1,45 +1,78 @@
-"""``python -m benchmarks.report FILE``: the ratios of a benchmark run as a Markdown table."""
+"""``python -m benchmarks.report [FILE ...]``: the README's table, and a page with everything and its pictures.
 
-import json
-import sys
+Without files it reports every one in ``benchmarks/results``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import plots
+from benchmarks.case import OURS
+from benchmarks.entries import MAIN, Entry, Run
+from benchmarks.markdown import grid, megabytes, share, thousands, time, times
+from benchmarks.page import page, scaling_table
 
-def table(path):
-    """One line per group and dtype: both medians, their ratio, and the share of the read bandwidth that ours reaches.
+ROOT = Path(__file__).parent.parent
 
-    Where another side's case has timed ours between its own rounds, it is that median that its ratio is of.
+
+def table(path: str | Path) -> str:
+    """What the README says of a file, in Markdown.
+
+    A row for each case, dtype and work: our time, how many times ours the time of each main other side is, the share of the
+    bandwidth that we reach, and peak memory beyond the inputs in MB, ours and eager's. Where no main side is measured (whole
+    judges), a second table has the useful tokens per second of every side. Entries without a shape are the page's alone.
+
+    Raises:
+        OSError, ValueError, KeyError: where that is no file of pytest-benchmark.
     """
-    run = json.loads(Path(path).read_text())
-    groups = {}
-    for case in run["benchmarks"]:
-        key = case["group"], case["extra_info"].get("dtype")
-        groups.setdefault(key, {})[case["params"]["side"]] = case
-    lines = [
-        "| case | adajudge_kernels | other side | ratio | share of read bandwidth |",
-        "| --- | --- | --- | --- | --- |",
+    run = Run.read(path)
+    others = [name for name in MAIN if any(name in sides for sides in run.operations.values())]
+    tables = []
+    if run.operations:
+        header = ["case", "work", OURS, *others, "of bandwidth", "MB, ours / eager"]
+        rows = [[*key, *_comparison(run, sides, others)] for key, sides in run.operations.items()]
+        tables.append(grid(header, rows))
+    rows = [
+        [", ".join(filter(None, key)), side, thousands(entry.useful_tokens_per_second)]
+        for key, sides in run.cases.items()
+        if key not in run.operations
+        for side, entry in sides.items()
+        if entry.shape and entry.useful_tokens_per_second
     ]
-    for (group, _), sides in groups.items():
-        ours = sides.pop("adajudge_kernels")
-        info = ours["extra_info"]
-        case = group
-        if "shape" in info:
-            dtype = info["dtype"].removeprefix("torch.")
-            case += f", {info['shape']}, {dtype}, {info['backend']} on {info['device']}"
-        share = info.get("share_of_read_bandwidth")
-        reached = "" if share is None else f"{100 * share:.0f} %"
-        for name, other in sides.items():
-            seconds = other["stats"]["median"]
-            median = other["extra_info"].get("adajudge_kernels_seconds", ours["stats"]["median"])
-            lines.append(
-                f"| {case} | {_time(median)} | {name} {_time(seconds)} | {seconds / median:.2f}x | {reached} |"
-            )
-    return "\n".join(lines)
+    if rows:
+        tables.append(grid(["whole judge", "side", "useful tokens per second"], rows))
+    return "\n\n".join(tables)
 
 
-def _time(seconds):
-    return f"{1e3 * seconds:.1f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.0f} us"
+def _comparison(run: Run, sides: dict[str, Entry], others: Sequence[str]) -> list[str]:
+    ours = sides[OURS]
+    ratios = [times(run.speedup(sides[name])) if name in sides else "" for name in others]
+    peaks = [entry.peak_bytes for entry in (ours, sides.get("eager", ours))]
+    memory = "" if None in peaks or "eager" not in sides else " / ".join(map(megabytes, peaks))
+    return [time(ours.seconds), *ratios, share(ours.share_of_bandwidth), memory]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the page and its pictures, print each file's table and exponents."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument(
+        "files", nargs="*", type=Path, metavar="FILE", help="default: benchmarks/results/*.json"
+    )
+    parser.add_argument("--price-per-hour", type=float, default=1.0, help="of the machine, in any currency")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where page and pictures go")
+    given = parser.parse_args(arguments)
+    files = given.files or sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    given.docs.mkdir(parents=True, exist_ok=True)
+    runs = [Run.read(path) for path in files]
+    pictures = [plots.draw(run, given.docs) for run in runs]
+    text = page(runs, pictures, given.price_per_hour)
+    (given.docs / "benchmarks.md").write_text(text, encoding="utf-8")
+    for path, run in zip(files, runs, strict=True):
+        print(f"{run.device}, {run.date}:\n\n{table(path)}\n\n{scaling_table(run)}\n")
 
 
 if __name__ == "__main__":
-    print(table(sys.argv[1]))
+    main()

@@ -1,0 +1,149 @@
+"""What a benchmark case is: several sides that compute the same, and what the work needs at least.
+
+A case is built by a function that a fresh process can call too, so that peak memory can be measured there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OURS = "adajudge_kernels"
+PLACES = 3  # in memory, that the rounds of a case go through: which pages a tensor lies in changes a figure by a third
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the largest exact number, at least of 1
+
+
+class DifferentResults(AssertionError):  # noqa: N818 (it is no error of the program)
+    """A side of a case computes something else."""
+
+
+def widened(x: Tensor) -> Tensor:
+    """In fp32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+@dataclasses.dataclass
+class Side:
+    """One way to compute a case.
+
+    Attributes:
+        run: of the leaves: the outputs.
+        places: the leaves, which gradients are wanted of: the same numbers in several places of memory.
+        real: a leaf's gradient as `Case.exact` has it, without padding.
+        shown: an output likewise.
+    """
+
+    run: Callable[..., Sequence[Tensor]]
+    places: list[list[Tensor]]
+    real: Callable[[Tensor], Tensor] = as_it_is
+    shown: Callable[[Tensor], Tensor] = as_it_is
+
+    def outputs(self, place: int, backward: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """The outputs, and if wanted the leaves' gradients of the sum of the outputs' squares."""
+        leaves = self.places[place % len(self.places)]
+        with torch.set_grad_enabled(backward):
+            outputs = list(self.run(*leaves))
+            if not backward:
+                return outputs, []
+            total = sum(widened(output).square().sum() for output in outputs)
+        return [output.detach() for output in outputs], list(torch.autograd.grad(total, leaves))
+
+
+@dataclasses.dataclass
+class Case:
+    """Sides that do the same work on the same numbers; `floors` are sides that do a part of it: nobody can be faster.
+
+    `exact(backward)`: outputs and gradients in fp64, with which every side is compared before it is timed. Bytes and
+    multiply-adds are the least that the forward needs, whoever computes it.
+    """
+
+    group: str
+    shape: str
+    dtype: torch.dtype
+    device: torch.device
+    sides: dict[str, Side]
+    exact: Callable[[bool], tuple[list[Tensor], list[Tensor]]]
+    tokens: int  # useful ones: no padding
+    forward_bytes: int
+    backward_bytes: int  # forward and backward together
+    multiply_adds: int = 0  # of the forward's matrix products
+    tolerance: float | None = None
+    floors: frozenset[str] = frozenset()
+    _exact: dict[bool, tuple[list[Tensor], list[Tensor]]] = dataclasses.field(default_factory=dict)
+
+    def check(self, name: str, backward: bool) -> None:
+        """Compare a side with the exact results.
+
+        Raises:
+            DifferentResults: an output or a gradient is off by more than the dtype explains; it names the first.
+        """
+        if name in self.floors:
+            return
+        side = self.sides[name]
+        if backward not in self._exact:
+            self._exact[backward] = self.exact(backward)
+        found, expected = side.outputs(0, backward), self._exact[backward]
+        tolerance = self.tolerance or TOLERANCE[self.dtype]
+        pairs = [(side.shown(x), y) for x, y in zip(found[0], expected[0], strict=True)]
+        pairs += [(side.real(x), y) for x, y in zip(found[1], expected[1], strict=True)]
+        for index, (x, y) in enumerate(pairs):
+            if not y.numel():
+                continue
+            error = float((x.reshape(y.shape).double() - y).detach().abs().max())
+            bound = tolerance * max(1.0, float(y.detach().abs().max()))
+            if not error <= bound:
+                what = f"output {index}" if index < len(found[0]) else f"gradient {index - len(found[0])}"
+                raise DifferentResults(
+                    f"{self.group}, {name}: {what} is off by {error:.2g}, allowed {bound:.2g}"
+                )
+
+    def input_bytes(self, name: str) -> int:
+        """Of the leaves that bandwidth is measured on."""
+        return sum(x.nbytes for x in self.sides[name].places[0])
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` under torch.compile for the shapes of its first call, compiled then."""
+    made: list[Callable[..., Any]] = []
+
+    def call(*args: Any) -> Any:
+        if not made:
+            torch._dynamo.reset()  # else a second case's shapes would be compiled as symbols
+            made.append(torch.compile(function, dynamic=False))
+        return made[0](*args)
+
+    return call
+
+
+def copies(tensors: Sequence[Tensor], places: int) -> list[list[Tensor]]:
+    """Leaves in several places of memory."""
+    return [[x.detach().clone().requires_grad_() for x in tensors] for _ in range(places)]
+
+
+def exact_by_parts(
+    run: Callable[..., Sequence[Tensor]], leaves: Sequence[Tensor], sequences: int, backward: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs and gradients in fp64, sixteen sequences at a time: fp64 of a whole large case would not fit.
+
+    Args:
+        run: of a slice of the sequences, and the leaves in fp64: their outputs, a row for each.
+        leaves, sequences: the leaves, and of how many sequences.
+    """
+    doubles = [x.detach().double().requires_grad_(backward) for x in leaves]
+    parts = []
+    for start in range(0, sequences, 16):
+        outputs = run(slice(start, start + 16), *doubles)
+        if backward:
+            sum(output.square().sum() for output in outputs).backward()
+        parts.append([output.detach() for output in outputs])
+    return [torch.cat(rows) for rows in zip(*parts, strict=True)], [
+        x.grad for x in doubles
+    ] if backward else []

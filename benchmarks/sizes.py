@@ -1,0 +1,64 @@
+"""What is measured on a device: enough to see how time grows, within the minutes of `make bench` and `make bench-gpu`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of one kind of device."""
+
+    dtypes: tuple[torch.dtype, ...]
+    tokens: tuple[int, ...]  # T, for scaling
+    width: int  # d, of the cases that vary something else
+    depths: int  # K
+    pooled: tuple[tuple[int, int], ...]  # d and K
+    usual_tokens: int
+    rows: tuple[int, ...]  # B of the experts
+    pairs: tuple[int, ...]  # of the loss
+    head_width: int
+    head_tokens: tuple[int, ...]
+    backbones: tuple[str, ...]  # of `backbones.CONFIGURATIONS`
+    prompts: int  # scored, six responses each
+    length_scale: float  # of their lengths
+
+
+CPU = Sizes(
+    dtypes=(FP32, BF16),
+    tokens=(1024, 4096, 16384),
+    width=1024,
+    depths=3,
+    pooled=((1024, 1), (4096, 4)),
+    usual_tokens=4096,
+    rows=(1, 16, 256),
+    pairs=(4096,),
+    head_width=256,
+    head_tokens=(256, 512, 1024),
+    backbones=("tiny",),
+    prompts=4,
+    length_scale=0.25,
+)
+GPU = Sizes(
+    dtypes=(BF16,),
+    tokens=(1024, 8192, 32768, 131072),
+    width=4096,
+    depths=3,
+    pooled=((1024, 1), (2048, 2), (4096, 4), (8192, 3)),
+    usual_tokens=32768,
+    rows=(1, 4, 16, 64, 512),
+    pairs=(256, 65536),
+    head_width=4096,
+    head_tokens=(4096, 16384, 65536),
+    backbones=("Qwen3-0.6B", "Qwen3-4B", "Qwen3-8B", "Phi-3.5-mini"),
+    prompts=64,
+    length_scale=1.0,
+)
+
+
+def of(device: torch.device) -> Sizes:
+    return GPU if device.type == "cuda" else CPU

@@ -1,0 +1,110 @@
+"""The refinement stage, and the whole head, against the same in plain PyTorch on padded states."""
+
+import copy
+import functools
+
+import pytest
+import torch
+
+import adajudge_kernels as ak
+from benchmarks import lengths
+from benchmarks.backbones import draw_head
+from benchmarks.batches import Batch
+from benchmarks.case import OURS, TOLERANCE, Case, Side, compiled
+from benchmarks.eager import eager_head, eager_refinement
+
+
+def head_case(part, tokens, scale, width, depths, dtype, device, places):
+    """`part`: "refinement" or "head". Leaves are the states and the parameters."""
+    batch = Batch.packed(*lengths.sequences(tokens, scale), device)
+    torch.manual_seed(0)
+    head = ak.AdaJudgeHead(width, depths).to(device)
+    draw_head(head)
+    head = head.to(dtype)
+    hidden = torch.randn(batch.rows, width, device=device).to(dtype)
+    module = head if part == "head" else head.refinement
+    parameters = [p for name, p in module.named_parameters() if part == "head" or not name.startswith("gate")]
+    exact_head = copy.deepcopy(head).double()
+    exact_module = exact_head if part == "head" else exact_head.refinement
+    exact_parameters = [
+        p for name, p in exact_module.named_parameters() if part == "head" or not name.startswith("gate")
+    ]
+
+    def leaves(states):
+        return [[states.detach().clone().requires_grad_(), *parameters] for _ in range(places)]
+
+    def ours(states, *_):
+        if part == "head":
+            return [head(states, batch.layout).reward]
+        return head.refinement(states, batch.layout)[0]
+
+    def eager(of, states):
+        if part == "head":
+            return [eager_head(of, states, *batch.masks)]
+        refined, _, _ = eager_refinement(of.refinement, states, *batch.masks)
+        return [state * batch.attention[..., None] for state in refined]
+
+    def exact(backward):
+        states = hidden.double().requires_grad_()
+        outputs, gradients = Side(
+            lambda x, *_: eager(exact_head, batch.pad(x)), [[states, *exact_parameters]]
+        ).outputs(0, backward)
+        return (outputs if part == "head" else [batch.flat(x) for x in outputs]), gradients
+
+    def flat(x):
+        return batch.flat(x) if x.shape[:2] == batch.index.shape else x
+
+    fused = compiled(eager)
+    padded = leaves(batch.pad(hidden))
+    squares = int(batch.attention.sum(dim=1).square().sum())
+    states_bytes, weights = hidden.nbytes, sum(p.nbytes for p in parameters)
+    return Case(
+        group="refinement stage" if part == "refinement" else "whole head",
+        shape=f"T={batch.rows} B={len(batch.index)} d={width} K={depths}",
+        dtype=dtype,
+        device=device,
+        sides={
+            OURS: Side(ours, leaves(hidden)),
+            "eager": Side(lambda x, *_: eager(head, x), padded, flat, flat),
+            "torch.compile": Side(lambda x, *_: fused(head, x), padded, flat, flat),
+        },
+        exact=exact,
+        tokens=batch.rows,
+        forward_bytes=(1 + depths) * states_bytes + weights,
+        backward_bytes=3 * ((1 + depths) * states_bytes + weights),
+        multiply_adds=depths
+        * (7 * batch.rows * width**2 + squares * width),  # causal: half of the squares, twice
+        tolerance=(20 if part == "refinement" else 5)
+        * TOLERANCE[dtype],  # sums over all tokens in the weights' dtype
+    )
+
+
+def case_of(part, tokens, chosen, device):
+    return functools.partial(
+        head_case, part, tokens, chosen.head_width, chosen.depths, chosen.dtypes[0], device
+    )
+
+
+sides = pytest.mark.parametrize("side", [OURS, "eager", "torch.compile"])
+backwards = pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward_and_backward"])
+
+
+def skip_unless_here(side, device):
+    if side == "torch.compile" and device.type == "cpu":
+        pytest.skip("on a CPU it is eager's matrix products")
+
+
+@sides
+@backwards
+def test_refinement(measured, backward, side, chosen, device):
+    skip_unless_here(side, device)
+    measured(
+        case_of("refinement", chosen.head_tokens[1], chosen, device), side, backward, family="refinement"
+    )
+
+
+@sides
+@backwards
+def test_head(measured, head_tokens, backward, side, chosen, device):
+    skip_unless_here(side, device)
+    measured(case_of("head", head_tokens, chosen, device), side, backward, family="refinement")
