@@ -81,7 +81,14 @@ def head_case(part, tokens, scale, width, depths, dtype, device, places):
 
 def case_of(part, tokens, chosen, device):
     return functools.partial(
-        head_case, part, tokens, chosen.head_width, chosen.depths, chosen.dtypes[0], device
+        head_case,
+        part,
+        tokens,
+        chosen.length_scale,
+        chosen.head_width,
+        chosen.depths,
+        chosen.dtypes[0],
+        device,
     )
 
 
