@@ -26,6 +26,7 @@ def gate_case(tokens, width, depths, dtype, device, places):
     hidden = torch.randn(batch.rows, width, generator=generator, device=device).to(dtype)
     weight = torch.randn(depths, width, generator=generator, device=device) / width**0.5
     bias = torch.zeros(depths, device=device)
+    masks = batch.masks
     flat, padded = copies([hidden], places), copies([batch.pad(hidden)], places)
 
     fused = compiled(eager_gate)
@@ -34,7 +35,7 @@ def gate_case(tokens, width, depths, dtype, device, places):
         wide = weight.double(), bias.double()
 
         def some_sequences(some, states):
-            return eager_gate(batch.pad(states, some), *wide, *(mask[some] for mask in batch.masks))
+            return eager_gate(batch.pad(states, some), *wide, *(mask[some] for mask in masks))
 
         return exact_by_parts(some_sequences, [hidden], len(batch.index), backward)
 
@@ -45,8 +46,8 @@ def gate_case(tokens, width, depths, dtype, device, places):
         device=device,
         sides={
             OURS: Side(lambda x: ak.depth_gate(x, weight, bias, batch.layout), flat),
-            "eager": Side(lambda x: eager_gate(x, weight, bias, *batch.masks), padded, batch.flat),
-            "torch.compile": Side(lambda x: fused(x, weight, bias, *batch.masks), padded, batch.flat),
+            "eager": Side(lambda x: eager_gate(x, weight, bias, *masks), padded, batch.flat),
+            "torch.compile": Side(lambda x: fused(x, weight, bias, *masks), padded, batch.flat),
         },
         exact=exact,
         tokens=batch.rows,

@@ -17,6 +17,7 @@ from benchmarks.eager import eager_head, eager_refinement
 def head_case(part, tokens, scale, width, depths, dtype, device, places):
     """`part`: "refinement" or "head". Leaves are the states and the parameters."""
     batch = Batch.packed(*lengths.sequences(tokens, scale), device)
+    masks = batch.masks
     torch.manual_seed(0)
     head = ak.AdaJudgeHead(width, depths).to(device)
     draw_head(head)
@@ -40,9 +41,9 @@ def head_case(part, tokens, scale, width, depths, dtype, device, places):
 
     def eager(of, states):
         if part == "head":
-            return [eager_head(of, states, *batch.masks)]
-        refined, _, _ = eager_refinement(of.refinement, states, *batch.masks)
-        return [state * batch.attention[..., None] for state in refined]
+            return [eager_head(of, states, *masks)]
+        refined, _, _ = eager_refinement(of.refinement, states, *masks)
+        return [state * masks[0][..., None] for state in refined]
 
     def exact(backward):
         states = hidden.double().requires_grad_()

@@ -46,6 +46,7 @@ def pooling_case(group, draw_batch, size, width, depths, dtype, device, places):
     alpha = torch.softmax(drawn(count, depths), dim=1).to(dtype)
     weight, bias = (drawn(width) / width**0.5).to(dtype), torch.zeros(1, dtype=dtype, device=device)
     others = alpha, weight, bias
+    masks = batch.masks
     padded = copies([batch.pad(x) for x in flat], places)
     flat_places = copies(flat, places)
     padded_layout, sequence, last = batch.padded_layout, batch.sequence_of, batch.last_rows
@@ -65,8 +66,10 @@ def pooling_case(group, draw_batch, size, width, depths, dtype, device, places):
         wide = [x.double() for x in (weight, bias)]
 
         def some_sequences(some, *states):
-            masks = (mask[some] for mask in batch.masks)
-            return eager_pooling([batch.pad(x, some) for x in states], alpha[some].double(), *wide, *masks)
+            some_masks = (mask[some] for mask in masks)
+            return eager_pooling(
+                [batch.pad(x, some) for x in states], alpha[some].double(), *wide, *some_masks
+            )
 
         return exact_by_parts(some_sequences, flat, count, backward)
 
@@ -74,8 +77,8 @@ def pooling_case(group, draw_batch, size, width, depths, dtype, device, places):
     sides = {
         OURS: Side(ours, flat_places),
         "adajudge_kernels padded": Side(ours_padded, padded, batch.flat),
-        "eager": Side(lambda *states: eager_pooling(states, *others, *batch.masks), padded, batch.flat),
-        "torch.compile": Side(lambda *states: fused(states, *others, *batch.masks), padded, batch.flat),
+        "eager": Side(lambda *states: eager_pooling(states, *others, *masks), padded, batch.flat),
+        "torch.compile": Side(lambda *states: fused(states, *others, *masks), padded, batch.flat),
         **{backend: Side(functools.partial(forced, backend), flat_places) for backend in GPU_BACKENDS},
     }
     if not batch.layout.shares_prompts:
