@@ -13,6 +13,7 @@ WORKERS    ?= 2
 PYTEST     = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=5
 GPU_ARCH   ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1)
 GPU_NAME   ?= $(shell nvidia-smi --query-gpu=name --format=csv,noheader | head -1 | tr 'A-Z ' 'a-z-')
+TODAY      := $(shell date +%F)
 
 .PHONY: setup demo test test-sanitizers test-arm lint build-gpu test-gpu bench bench-gpu bench-check judge clean
 
@@ -70,16 +71,18 @@ build-gpu:
 test-gpu: build-gpu
 	PYTHONPATH=.:python $(GPU_PYTHON) -m pytest tests -m gpu
 
-# One file of results for each device; the report is of all of them.
+# One file of results for each device, the newest; the report is of all of them.
 bench: $(BUILT)
 	@mkdir -p benchmarks/results
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/cpu.json
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/cpu-$(TODAY).json
+	@find benchmarks/results -name 'cpu-*.json' ! -name '*-$(TODAY).json' -delete
 	$(BIN)/python -m benchmarks.report
 
 bench-gpu: build-gpu
 	@mkdir -p benchmarks/results
 	PYTHONPATH=.:python $(GPU_PYTHON) -m pytest benchmarks --benchmark-only --device cuda \
-		--benchmark-json=benchmarks/results/$(GPU_NAME).json
+		--benchmark-json=benchmarks/results/$(GPU_NAME)-$(TODAY).json
+	@find benchmarks/results -name '$(GPU_NAME)-*.json' ! -name '*-$(TODAY).json' -delete
 	PYTHONPATH=.:python $(GPU_PYTHON) -m benchmarks.report
 
 # Fails where our side has become slow beside eager.

@@ -11,7 +11,7 @@ import torch
 from benchmarks import measuring, sizes
 from benchmarks.allocator import keep_freed_memory
 
-SIZED = {"tokens", "pooled", "rows", "pairs", "head_tokens", "backbones"}
+SIZED = {"tokens", "pooled", "rows", "pairs", "head_tokens", "backbones", "trained"}
 
 
 def pytest_addoption(parser):

@@ -24,6 +24,7 @@ SECONDS = 1.0  # of rounds, that a side gets at most
 ROUNDS = range(4, 19)  # so many at least, and at most
 LEAST_BYTES = 32 << 20  # of leaves, to measure memory's bandwidth on them; smaller ones lie in caches
 CACHE_BYTES = 128 << 20  # more than a GPU's caches hold: what rounds go through there
+MOST_PLACES = 16
 
 _kept: dict[Any, Case] = {}  # the last case, for its other sides
 
@@ -33,9 +34,8 @@ def built(build: Callable[[int], Case], device: torch.device) -> Case:
     if key not in _kept:
         _kept.clear()
         case = build(PLACES)
-        if device.type == "cuda":
-            of_place = max(1, case.input_bytes(OURS))
-            case = build(min(16, max(PLACES, -(-CACHE_BYTES // of_place))))
+        if device.type == "cuda" and PLACES * case.input_bytes(OURS) < CACHE_BYTES:
+            case = build(min(MOST_PLACES, -(-CACHE_BYTES // max(1, case.input_bytes(OURS)))))
         _kept[key] = case
     return _kept[key]
 
@@ -146,7 +146,7 @@ def measure(
         gigabytes_per_second=moved / seconds / 1e9,
         bandwidth=bandwidth,
         share_of_bandwidth=moved / seconds / bandwidth,
-        peak_bytes=peak_bytes(build, side, backward, device),
+        peak_bytes=peak_bytes(case, build, side, backward),
         result_bytes=sum(x.nbytes for results in case.sides[side].outputs(0, backward) for x in results),
     )
 

@@ -24,10 +24,10 @@ PRELOADED = [
 ]
 
 
-def peak_bytes(build: Callable[[int], Case], side: str, backward: bool, device: torch.device) -> int | None:
-    """None where nobody can say it."""
-    if device.type == "cuda":
-        return _peak_of_allocator(build(1), side, backward)
+def peak_bytes(case: Case, build: Callable[[int], Case], side: str, backward: bool) -> int | None:
+    """None where nobody can say it. A child builds the case anew."""
+    if case.device.type == "cuda":
+        return _peak_of_allocator(case, side, backward)
     if not Path("/proc/self/clear_refs").exists():
         return None
     context = multiprocessing.get_context("forkserver")

@@ -23,7 +23,8 @@ class Sizes:
     pairs: tuple[int, ...]  # of the loss
     head_width: int
     head_tokens: tuple[int, ...]
-    backbones: tuple[str, ...]  # of `backbones.CONFIGURATIONS`
+    backbones: tuple[str, ...]  # of `backbones.CONFIGURATIONS`, that score
+    trained: tuple[str, ...]  # that train: twice with their gradients, and once more in a wider dtype
     prompts: int  # scored, six responses each
     length_scale: float  # of their lengths
 
@@ -40,6 +41,7 @@ CPU = Sizes(
     head_width=256,
     head_tokens=(256, 512, 1024),
     backbones=("tiny",),
+    trained=("tiny",),
     prompts=4,
     length_scale=0.25,
 )
@@ -55,6 +57,7 @@ GPU = Sizes(
     head_width=4096,
     head_tokens=(4096, 16384, 65536),
     backbones=("Qwen3-0.6B", "Qwen3-4B", "Qwen3-8B", "Phi-3.5-mini"),
+    trained=("Qwen3-0.6B", "Qwen3-4B"),
     prompts=64,
     length_scale=1.0,
 )

@@ -35,4 +35,4 @@ def allocating_case(temporary, places):
 @pytest.mark.parametrize(("temporary", "error"), [(64 << 20, 6.4 * 2**20), (0, 4 << 20)])
 def test_the_peak_is_what_is_allocated(temporary, error, backward):
     build = functools.partial(allocating_case, temporary)
-    assert peak_bytes(build, OURS, backward, CPU) == pytest.approx(temporary, abs=error)
+    assert peak_bytes(build(1), build, OURS, backward) == pytest.approx(temporary, abs=error)
