@@ -178,6 +178,7 @@ def _traceable_fastest_on_gpu(family: str) -> tuple[str, str]:
     return fastest_on_gpu(family)
 
 
+@functools.cache  # asked at every call that forces the backend
 def serves_capability(code: str, capability: tuple[int, int]) -> bool:
     """Whether compiled `code` (``"sm_80;sm_90a;compute_120"``) runs on a GPU of a compute capability.
 

@@ -75,7 +75,6 @@ class Case:
     forward_bytes: int
     backward_bytes: int  # forward and backward together
     multiply_adds: int = 0  # of the forward's matrix products
-    tolerance: float | None = None
     floors: frozenset[str] = frozenset()
     _exact: dict[bool, tuple[list[Tensor], list[Tensor]]] = dataclasses.field(default_factory=dict)
 
@@ -91,14 +90,13 @@ class Case:
         if backward not in self._exact:
             self._exact[backward] = self.exact(backward)
         found, expected = side.outputs(0, backward), self._exact[backward]
-        tolerance = self.tolerance or TOLERANCE[self.dtype]
         pairs = [(side.shown(x), y) for x, y in zip(found[0], expected[0], strict=True)]
         pairs += [(side.real(x), y) for x, y in zip(found[1], expected[1], strict=True)]
         for index, (x, y) in enumerate(pairs):
             if not y.numel():
                 continue
             error = float((x.reshape(y.shape).double() - y).detach().abs().max())
-            bound = tolerance * max(1.0, float(y.detach().abs().max()))
+            bound = TOLERANCE[self.dtype] * max(1.0, float(y.detach().abs().max()))
             if not error <= bound:
                 what = f"output {index}" if index < len(found[0]) else f"gradient {index - len(found[0])}"
                 raise DifferentResults(

@@ -15,7 +15,7 @@ import adajudge_kernels as ak
 from benchmarks import lengths
 from benchmarks.backbones import CONFIGURATIONS, judge
 from benchmarks.batches import Batch
-from benchmarks.case import OURS, TOLERANCE, Case, Side
+from benchmarks.case import OURS, Case, Side
 from benchmarks.eager import eager_head
 
 ROWS = 8  # of a padded batch
@@ -124,7 +124,6 @@ def scoring_case(name, prompts, scale, depths, dtype, device, places):
         forward_bytes=sum(p.nbytes for p in model.parameters()),
         backward_bytes=0,
         multiply_adds=batch.rows * parameters,
-        tolerance=20 * TOLERANCE[dtype],  # through all layers of a random backbone
         floors=frozenset({FLOOR}),
     )
 
@@ -171,7 +170,6 @@ def training_case(name, pairs, scale, depths, dtype, device, places):
         forward_bytes=weights,
         backward_bytes=3 * weights,
         multiply_adds=batch.rows * parameters,
-        tolerance=20 * TOLERANCE[dtype],
     )
 
 
@@ -221,7 +219,6 @@ def candidates_case(prompt, response, count, device, places):
         tokens=batch.useful_tokens,
         forward_bytes=weights,
         backward_bytes=3 * weights,
-        tolerance=20 * TOLERANCE[torch.float32],
     )
 
 

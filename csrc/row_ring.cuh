@@ -37,7 +37,8 @@ public:
         return stages * (stage_bytes(features) + int64_t(sizeof(uint64_t)));
     }
 
-    // `memory`: bytes(stages, features) of shared memory; without stages there is no ring. A barrier of the block must stand between this and `wait`.
+    // `memory`: bytes(stages, features) of shared memory; without stages there is no ring. A barrier of the block must stand
+    // between this and `wait`.
     __device__ RowRing(void* memory, int stages, int features)
         : stages_(stages), features_(features), rows_(static_cast<T*>(memory)),
           arrivals_(reinterpret_cast<uint64_t*>(static_cast<char*>(memory) + stages * stage_bytes(features))) {
