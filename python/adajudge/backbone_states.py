@@ -97,17 +97,17 @@ def token_states(
     config = backbone.config.get_text_config(decoder=True)
     if layout.num_tokens == 0:  # no backbone takes an empty batch
         return torch.zeros(0, config.hidden_size, dtype=backbone.dtype, device=layout.device)
-    if not reads_lengths_apart(backbone):
+    border = long_rope_border(backbone)
+    if border is None:
         return _read(backbone, batch, layout, options)
-    rope = config.rope_parameters
     lengths = layout.prompt_lengths + layout.response_lengths
-    long = lengths > rope["original_max_position_embeddings"]
+    long = lengths > border
     if not bool(long.any()) or bool(long.all()):
         return _read(backbone, batch, layout, options)
     if layout.shares_prompts:
         raise ValueError(
-            f"layout: sequences on both sides of {rope['original_max_position_embeddings']} tokens share "
-            "prompts, which this backbone reads differently; pass them as two batches"
+            f"layout: sequences on both sides of {border} tokens share prompts, which this backbone reads "
+            "differently; pass them as two batches"
         )
     axis = 1 if layout.padded_shape is None else 0
     chosen = torch.repeat_interleave(long, lengths) if layout.padded_shape is None else long
@@ -121,11 +121,11 @@ def token_states(
     return torch.cat(parts)[torch.cat(places).argsort()].flatten(0, -2)
 
 
-def reads_lengths_apart(backbone: PreTrainedModel) -> bool:
-    """Whether its positions turn differently for long sequences (LongRoPE)."""
+def long_rope_border(backbone: PreTrainedModel) -> int | None:
+    """Tokens of a sequence beyond which its positions turn differently (LongRoPE); None: they never do."""
     config = backbone.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
-    return bool(rope.get("rope_type") == "longrope")
+    return int(rope["original_max_position_embeddings"]) if rope.get("rope_type") == "longrope" else None
 
 
 def _part(layout: SequenceLayout, chosen: Tensor) -> SequenceLayout:

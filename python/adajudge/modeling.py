@@ -23,7 +23,7 @@ from transformers.utils import TransformersKwargs, cached_file
 
 from adajudge.attention_masks import reads_no_padding
 from adajudge.backbone_states import (
-    reads_lengths_apart,
+    long_rope_border,
     token_states,
     with_shared_prompts,
     without_padding,
@@ -285,7 +285,7 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
                     )
                 # Positions of a caller's own may differ between rows, and a prompt with them.
                 alike = position_ids is None and self.config.causal_refinement
-                alike = alike and not reads_lengths_apart(self.backbone)
+                alike = alike and long_rope_border(self.backbone) is None
                 batch, layout, order = (with_shared_prompts if alike else without_padding)(batch, layout)
         elif attention_mask is not None or response_mask is not None or position_ids is not None:
             raise ValueError("layout came with a mask or position_ids; they follow from the layout")

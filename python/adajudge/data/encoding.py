@@ -183,9 +183,10 @@ class ConversationEncoder:
         return full[: start + len(header)]
 
     def _encode_prompt(self, prompt: str, scaffold: str) -> list[int]:
-        if self._latest_prompt[0] != prompt:
-            self._latest_prompt = (prompt, self._template.encode(prompt))
-        ids = self._latest_prompt[1]
+        latest = self._latest_prompt  # read once, written once: several threads may encode
+        if latest[0] != prompt:
+            self._latest_prompt = latest = (prompt, self._template.encode(prompt))
+        ids = latest[1]
         return self._template.encode_behind(ids, prompt, scaffold) if scaffold else list(ids)
 
     def _without_trailer(self, text: str) -> str:

@@ -1,0 +1,17 @@
+"""Scoring: rows in, rewards out, in the order of the input.
+
+    encode (threads)  ->  pack (equal prompts once, a budget of tokens)  ->  judge  ->  results, in order
+
+`Scorer` is the whole way from rows to results. `Engine` is its second half, from token ids to scores; `packing` decides which
+sequences are read together; `results` is what comes out.
+"""
+
+from pathlib import Path
+
+from .engine import Engine
+from .results import Score, ScoredRow, ScoringError
+from .scorer import Scorer
+
+BUILT_IN_JUDGE = Path(__file__).parent.parent / "builtin" / "judge"
+
+__all__ = ["BUILT_IN_JUDGE", "Engine", "Score", "ScoredRow", "Scorer", "ScoringError"]

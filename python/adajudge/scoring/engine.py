@@ -1,0 +1,132 @@
+"""From token ids to scores: packs, the judge, and one copy back from the device."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adajudge.data import EncodedRow
+from adajudge.modeling import AdaJudgeForSequenceClassification
+from adajudge.scoring.packing import Pack
+from adajudge.scoring.reading import Reading, Way, attention_of
+from adajudge.scoring.results import Score, ScoringError
+
+logger = logging.getLogger(__name__)
+
+_BUDGETS = {"cpu": 4096}
+_BUDGET = 32768  # of an accelerator
+
+
+class Engine:
+    """Scores encoded sequences, as many at a time as a budget of tokens allows.
+
+    Where the device has no room for a pack, the budget is halved, for good, and the pack is divided. What is scored together
+    depends on the sequences of a call and on the budget alone.
+
+    Args:
+        model: the judge, on its device.
+        token_budget: tokens of a pack; default 4,096 on the CPU, else 32,768. A longer sequence is a pack of its own.
+
+    Attributes:
+        tokens_scored: tokens of all sequences scored so far, a shared prompt counted for each of its responses.
+        tokens_read: those that the judge had to read for it.
+    """
+
+    def __init__(self, model: AdaJudgeForSequenceClassification, token_budget: int | None = None) -> None:
+        if token_budget is not None and token_budget < 1:
+            raise ValueError(f"token_budget: {token_budget} came, expected at least 1")
+        self.model = model.eval()
+        self.token_budget = token_budget or _BUDGETS.get(self.device.type, _BUDGET)
+        self.tokens_scored = 0
+        self.tokens_read = 0
+        self._one_at_a_time = threading.Lock()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the judge is."""
+        return next(self.model.parameters()).device
+
+    @torch.inference_mode()
+    def score(self, rows: Sequence[EncodedRow]) -> list[Score | ScoringError]:
+        """One result per sequence, in their order; calls of several threads take turns."""
+        with self._one_at_a_time:
+            return self._score(rows)
+
+    def _score(self, rows: Sequence[EncodedRow]) -> list[Score | ScoringError]:
+        waiting: deque[tuple[Way, Pack]] = deque()
+        for way, chosen in Reading(self.model).divide(rows):
+            waiting.extend((way, pack) for pack in way.pack(rows, chosen, self.token_budget))
+        order: list[int] = []
+        columns: list[Tensor] = []
+        results: list[Score | ScoringError] = [ScoringError("not scored")] * len(rows)
+        while waiting:
+            way, pack = waiting.popleft()
+            if pack.tokens > self.token_budget and len(pack.sequences) > 1:  # it was halved meanwhile
+                smaller = way.pack(rows, pack.sequences, self.token_budget)
+                waiting.extendleft((way, part) for part in reversed(smaller))
+                continue
+            numbers = self._read(way, [rows[i] for i in pack.sequences], pack)
+            if numbers is not None:
+                order += pack.sequences
+                columns.append(numbers)
+            elif len(pack.sequences) > 1:
+                self.token_budget = max(1, pack.tokens // 2)
+                logger.warning(
+                    "no room for %d tokens at once; token_budget is now %d", pack.tokens, self.token_budget
+                )
+                waiting.appendleft((way, pack))
+            else:
+                (index,) = pack.sequences
+                reason = f"the device has no room for its {len(rows[index])} tokens"
+                results[index] = ScoringError(reason)
+        table = torch.cat(columns).tolist() if columns else []  # the one wait for the device
+        for index, line in zip(order, table, strict=True):
+            results[index] = _score_of(rows[index], line)
+        return results
+
+    def _read(self, way: Way, rows: list[EncodedRow], pack: Pack) -> Tensor | None:
+        """Reward, view scores, view weights and depth weights ``[B, 7 + K]``; None: the device has no room."""
+        try:
+            with attention_of(self.model, way.attention):
+                out = way.read(self.model, rows, pack)
+            assert out.logits is not None
+            numbers = [out.logits, out.view_scores, out.view_weights, out.depth_weights]
+            table = torch.cat([x.float() for x in numbers if x is not None], dim=1)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+        else:
+            self.tokens_scored += sum(len(row) for row in rows)
+            self.tokens_read += pack.tokens
+            return table
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # behind the except block, which keeps the failed pass's tensors alive
+        return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """CUDA has a class for it; the CPU's allocator only says it."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _score_of(row: EncodedRow, numbers: list[float]) -> Score | ScoringError:
+    reward, *rest = numbers
+    if not all(math.isfinite(x) for x in numbers):
+        return ScoringError(f"the judge's reward is not finite: {reward}")
+    return Score(
+        reward,
+        (rest[0], rest[1], rest[2]),
+        (rest[3], rest[4], rest[5]),
+        tuple(rest[6:]),
+        row.prompt_length,
+        row.response_length,
+        row.truncated,
+        row.unknown_share,
+        row.holds_control_tokens,
+    )
