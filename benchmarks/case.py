@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 OURS = "adajudge_kernels"
+FLOOR = "backbone alone"  # the side that does a part of a whole judge's work
 PLACES = 3  # in memory, that the rounds of a case go through: which pages a tensor lies in changes a figure by a third
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the largest exact number, at least of 1
 
@@ -76,6 +77,7 @@ class Case:
     backward_bytes: int  # forward and backward together
     multiply_adds: int = 0  # of the forward's matrix products
     floors: frozenset[str] = frozenset()
+    notes: dict[str, float] = dataclasses.field(default_factory=dict)  # more for ``extra_info``
     _exact: dict[bool, tuple[list[Tensor], list[Tensor]]] = dataclasses.field(default_factory=dict)
 
     def check(self, name: str, backward: bool) -> None:

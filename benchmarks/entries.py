@@ -39,6 +39,7 @@ class Entry:
     bandwidth: float | None  # bytes per second
     share_of_bandwidth: float | None
     peak_bytes: int | None  # of memory beyond the inputs
+    head_share: float | None  # of a judge's arithmetic
 
     @classmethod
     def of(cls, benchmark: dict[str, Any]) -> Entry:
@@ -62,6 +63,7 @@ class Entry:
             bandwidth=info.get("bandwidth"),
             share_of_bandwidth=info.get("share_of_bandwidth"),
             peak_bytes=info.get("peak_bytes"),
+            head_share=info.get("head_share_of_arithmetic"),
         )
 
     @property

@@ -147,6 +147,7 @@ def measure(
         bandwidth=bandwidth,
         share_of_bandwidth=moved / seconds / bandwidth,
         peak_bytes=peak_bytes(case, build, side, backward),
+        **case.notes,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.case import OURS
+from benchmarks.case import FLOOR, OURS
 from benchmarks.entries import Entry, Run
 from benchmarks.markdown import grid, megabytes, share, thousands, time, times
 from benchmarks.scaling import FEWEST_SIZES, SMALL_PEAK, Fit, fits
@@ -98,7 +98,21 @@ def _cases(run: Run) -> list[str]:
         header = ["case", "work", "side", "time", "over ours", "useful per second", "of bandwidth", "peak MB"]
         sections.append(f"### {title}\n\n[{source}](../benchmarks/{source})")
         sections.append(grid(header, [_side_row(run, entry) for entry in entries]))
+        sections += [
+            _head_overhead(run, entry) for entry in entries if entry.head_share and entry.side == FLOOR
+        ]
     return sections
+
+
+def _head_overhead(run: Run, floor: Entry) -> str:
+    """What scoring takes beyond the backbone, beside what the head has of the arithmetic."""
+    ratio = run.speedup(floor)
+    assert ratio is not None
+    assert floor.head_share is not None
+    return (
+        f"{floor.name}: {share(1 - ratio)} of the time is not the backbone's, and {share(floor.head_share)} of the "
+        "multiply-adds are the head's."
+    )
 
 
 def _side_row(run: Run, entry: Entry) -> list[str]:

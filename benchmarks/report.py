@@ -23,7 +23,8 @@ def table(path: str | Path) -> str:
 
     A row for each case, dtype and work: our time, how many times ours the time of each main other side is, the share of the
     bandwidth that we reach, and peak memory beyond the inputs in MB, ours and eager's. Where no main side is measured (whole
-    judges), a second table has the useful tokens per second of every side. Entries without a shape are the page's alone.
+    judges), a second table has the useful tokens per second of every side, and its time over ours. Entries without a shape
+    are the page's alone.
 
     Raises:
         OSError, ValueError, KeyError: where that is no file of pytest-benchmark.
@@ -36,14 +37,19 @@ def table(path: str | Path) -> str:
         rows = [[*key, *_comparison(run, sides, others)] for key, sides in run.operations.items()]
         tables.append(grid(header, rows))
     rows = [
-        [", ".join(filter(None, key)), side, thousands(entry.useful_tokens_per_second)]
+        [
+            ", ".join(filter(None, key)),
+            side,
+            thousands(entry.useful_tokens_per_second),
+            "" if side == OURS else times(run.speedup(entry)),
+        ]
         for key, sides in run.cases.items()
         if key not in run.operations
         for side, entry in sides.items()
         if entry.shape and entry.useful_tokens_per_second
     ]
     if rows:
-        tables.append(grid(["whole judge", "side", "useful tokens per second"], rows))
+        tables.append(grid(["whole judge", "side", "useful tokens per second", "over ours"], rows))
     return "\n\n".join(tables)
 
 

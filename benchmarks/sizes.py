@@ -42,7 +42,7 @@ CPU = Sizes(
     head_tokens=(256, 512, 1024),
     backbones=("tiny",),
     trained=("tiny",),
-    prompts=4,
+    prompts=8,
     length_scale=0.25,
 )
 GPU = Sizes(

@@ -7,20 +7,22 @@ is the floor: what ours would take if its head cost nothing.
 
 import copy
 import functools
+import itertools
 
 import pytest
 import torch
+from adajudge.data import EncodedRow, pack_rows, pack_shared_prompts
+from adajudge.scoring import Engine
+from adajudge.scoring.packing import packed_packs, shared_packs
 
 import adajudge_kernels as ak
 from benchmarks import lengths
 from benchmarks.backbones import CONFIGURATIONS, judge
 from benchmarks.batches import Batch
-from benchmarks.case import OURS, Case, Side
+from benchmarks.case import FLOOR, OURS, Case, Side
 from benchmarks.eager import eager_head
 
 ROWS = 8  # of a padded batch
-TOKENS = 16384  # of a pack
-FLOOR = "backbone alone"
 
 
 def eager_rewards(model, ids, response):
@@ -41,90 +43,109 @@ def padded_loop(model, batch, ids, order):
     return rewards
 
 
-def packs(prompts, responses):
-    """Ranges of prompts which have about `TOKENS` tokens with their responses."""
-    start, filled = 0, 0
-    for index, (prompt, group) in enumerate(zip(prompts, responses, strict=True)):
-        tokens = prompt + sum(group)
-        if filled and filled + tokens > TOKENS:
-            yield slice(start, index)
-            start, filled = index, 0
-        filled += tokens
-    yield slice(start, len(prompts))
+def encoded(prompts, responses, ids):
+    """The sequences of flat ids, in which each prompt comes once, before its responses."""
+    flat, rows = iter(ids.tolist()), []
+    for prompt, group in zip(prompts, responses, strict=True):
+        own = list(itertools.islice(flat, prompt))
+        rows += [EncodedRow(own + list(itertools.islice(flat, length)), prompt) for length in group]
+    return rows
 
 
-def pieces(ids, prompts, responses, device):
-    """Flat ids with their layout, pack by pack: each prompt once, then its responses."""
-    start = 0
-    for pack in packs(prompts, responses):
-        layout = ak.SequenceLayout.shared_prompts(prompts[pack], responses[pack], device)
-        yield ids[start : start + layout.num_tokens], layout
-        start += layout.num_tokens
+def packed_rewards(model, rows, budget):
+    """Each sequence with its own prompt, packed."""
+    rewards = torch.empty(len(rows))
+    device = next(model.parameters()).device
+    for pack in packed_packs(rows, range(len(rows)), budget):
+        batch = pack_rows([rows[index] for index in pack.sequences])
+        layout = ak.SequenceLayout.packed(batch.prompt_lengths, batch.response_lengths, device)
+        rewards[pack.sequences] = model(batch.input_ids.to(device), layout=layout).logits[:, 0].float().cpu()
+    return rewards
 
 
-def repeated_pieces(ids, prompts, responses, device):
-    """The same with the prompt before each response."""
-    for tokens, shared in pieces(ids, prompts, responses, device):
-        ranges = shared.ranges.tolist()
-        flat = torch.cat([torch.cat([tokens[a:b], tokens[c:d]]) for a, b, c, d in ranges])
-        yield (
-            flat,
-            ak.SequenceLayout.packed(
-                [b - a for a, b, _, _ in ranges], [d - c for _, _, c, d in ranges], device
-            ),
+def backbone_passes(model, rows, budget):
+    """What the engine asks of the backbone for these sequences, ready to be called."""
+    device = next(model.parameters()).device
+    passes = []
+    for pack in shared_packs(rows, range(len(rows)), budget):
+        batch = pack_shared_prompts([[rows[index] for index in group] for group in pack.groups])
+        layout = ak.SequenceLayout.shared_prompts(batch.prompt_lengths, batch.response_lengths, device)
+        positions = layout.position_ids()[None]
+        passes.append(
+            functools.partial(
+                model.backbone,
+                input_ids=batch.input_ids.to(device),
+                position_ids=positions,
+                use_cache=False,
+                adajudge_layout=layout,
+            )
         )
+    return passes
+
+
+def multiply_adds(model, rows):
+    """Of a backbone and of a head that read each prompt once: matrix products, and attention's scores and mixtures."""
+    prompts = {tuple(row.prompt_ids): row.prompt_length for row in rows}.values()
+    tokens = sum(prompts) + sum(row.response_length for row in rows)
+    seen = sum(n * (n + 1) // 2 for n in prompts)
+    seen += sum(
+        row.response_length * row.prompt_length + row.response_length * (row.response_length + 1) // 2
+        for row in rows
+    )
+    config = model.backbone.config
+    layers = sum(p.numel() for p in model.backbone.layers.parameters())
+    blocks = sum(p.numel() for p in model.head.refinement.blocks.parameters())
+    experts = sum(p.numel() for p in model.head.experts.parameters())
+    backbone = (
+        tokens * layers + 2 * seen * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    )
+    head = (
+        tokens * blocks
+        + 2 * seen * len(model.head.refinement.blocks) * config.hidden_size
+        + len(rows) * experts
+    )
+    return backbone, head
 
 
 def scoring_case(name, prompts, scale, depths, dtype, device, places):
     lengths_of = lengths.candidates(prompts, scale)
     batch = Batch.shared(*lengths_of, device)
     generator = torch.Generator().manual_seed(0)
-    vocabulary = CONFIGURATIONS[name].vocab_size
-    ids = torch.randint(vocabulary, (batch.rows,), generator=generator).to(device)
+    ids = torch.randint(CONFIGURATIONS[name].vocab_size, (batch.rows,), generator=generator).to(device)
     model, other = judge(name, "adajudge", depths, dtype, device), judge(name, "sdpa", depths, dtype, device)
     counts = batch.attention.sum(dim=1)
     arrival = torch.arange(len(counts), device=device)
-    shared = list(pieces(ids, *lengths_of, device))
-    repeated = list(repeated_pieces(ids, *lengths_of, device))
-
-    def scored(parts):
-        return [torch.cat([model(tokens, layout=layout).logits[:, 0].float() for tokens, layout in parts])]
+    rows = encoded(*lengths_of, ids)
+    engine = Engine(model)
+    backbone = backbone_passes(model, rows, engine.token_budget)
+    of_backbone, of_head = multiply_adds(model, rows)
 
     def exact(backward):
         wide = copy.deepcopy(other).to(torch.float64 if device.type == "cpu" else torch.float32)
         with torch.no_grad():
             return [padded_loop(wide, batch, ids, counts.argsort())], []
 
-    def backbone_alone():
-        for tokens, layout in shared:
-            positions = layout.position_ids()[None]
-            model.backbone(
-                input_ids=tokens[None], position_ids=positions, use_cache=False, adajudge_layout=layout
-            )
-        return []
-
-    config = CONFIGURATIONS[name]
-    parameters = sum(p.numel() for p in model.backbone.parameters()) - config.vocab_size * config.hidden_size
     return Case(
         group="scoring",
         shape=f"{name}, K={depths}, {prompts} prompts of {batch.rows} tokens with six responses each",
         dtype=dtype,
         device=device,
         sides={
-            OURS: Side(lambda: scored(shared), [[]]),
-            "packed": Side(lambda: scored(repeated), [[]]),
+            OURS: Side(lambda: [torch.tensor([score.reward for score in engine.score(rows)])], [[]]),
+            "packed": Side(lambda: [packed_rewards(model, rows, engine.token_budget)], [[]]),
             "padded, arrival order": Side(lambda: [padded_loop(other, batch, ids, arrival)], [[]]),
             "padded, sorted by length": Side(
                 lambda: [padded_loop(other, batch, ids, counts.argsort())], [[]]
             ),
-            FLOOR: Side(backbone_alone, [[]]),
+            FLOOR: Side(lambda: [output for read in backbone for output in read()[:0]], [[]]),
         },
         exact=exact,
         tokens=batch.useful_tokens,
         forward_bytes=sum(p.nbytes for p in model.parameters()),
         backward_bytes=0,
-        multiply_adds=batch.rows * parameters,
+        multiply_adds=of_backbone + of_head,
         floors=frozenset({FLOOR}),
+        notes={"head_share_of_arithmetic": of_head / (of_backbone + of_head)},
     )
 
 
@@ -189,31 +210,40 @@ def test_training_step(measured, trained, side, chosen, device):
     measured(build, side, True, family="refinement")
 
 
-def candidates_case(prompt, response, count, device, places):
-    """One prompt and its candidates: together, or one call for each on torch's attention, as people score them."""
+def candidates_case(prompt, response, count, trained, device, places):
+    """One prompt and its candidates: read once together, or as people score them, one by one or in a padded batch."""
     lengths_of = [prompt], [[response] * count]
     batch = Batch.shared(*lengths_of, device)
     ids = torch.randint(1024, (batch.rows,), generator=torch.Generator().manual_seed(0)).to(device)
     model, other = (judge("tiny", attention, 2, torch.float32, device) for attention in ("adajudge", "sdpa"))
-    single = ak.SequenceLayout.packed([prompt], [response], device)
-    rows = [ids[index] for index in batch.index]
+    repeated = ids[batch.index]
+    rows = encoded(*lengths_of, ids)
+    engine = Engine(model)
 
     def one_by_one(of):
-        return [torch.cat([of(row, layout=single).logits[:, 0] for row in rows])]
+        each = zip(repeated.split(1), batch.attention.split(1), batch.response.split(1), strict=True)
+        return [torch.cat([eager_rewards(of, row, response) for row, _, response in each])]
+
+    def ours():
+        if trained:
+            return [model(ids, layout=batch.layout).logits[:, 0]]
+        return [torch.tensor([score.reward for score in engine.score(rows)])]
 
     def exact(backward):
         wide = copy.deepcopy(other).double()
         return Side(lambda *_: one_by_one(wide), [list(wide.parameters())]).outputs(0, backward)
 
     weights = sum(p.nbytes for p in model.parameters())
+    parameters = [list(other.parameters())]
     return Case(
         group="candidates of one prompt",
         shape=f"prompt {prompt}, {count} responses of {response}, d=256, 8 layers",
         dtype=torch.float32,
         device=device,
         sides={
-            OURS: Side(lambda *_: [model(ids, layout=batch.layout).logits[:, 0]], [list(model.parameters())]),
-            "one by one": Side(lambda *_: one_by_one(other), [list(other.parameters())]),
+            OURS: Side(lambda *_: ours(), [list(model.parameters())]),
+            "one by one": Side(lambda *_: one_by_one(other), parameters),
+            "padded batch": Side(lambda *_: [eager_rewards(other, repeated, batch.response)], parameters),
         },
         exact=exact,
         tokens=batch.useful_tokens,
@@ -222,7 +252,8 @@ def candidates_case(prompt, response, count, device, places):
     )
 
 
-@pytest.mark.parametrize("side", [OURS, "one by one"])
+@pytest.mark.parametrize("side", [OURS, "one by one", "padded batch"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward_and_backward"])
 def test_shared_prompts(measured, backward, side, device):
-    measured(functools.partial(candidates_case, 512, 64, 8, device), side, backward, family="refinement")
+    build = functools.partial(candidates_case, 512, 64, 8, backward, device)
+    measured(build, side, backward, family="refinement")

@@ -94,6 +94,12 @@ def _seen(group: _Group, keys: int, causal: bool) -> Tensor | None:
     return torch.arange(keys, device=group.positions.device) <= group.positions[:, None]
 
 
+def _are_the_last(group: _Group, keys: int) -> bool:
+    """Whether the queries are one run of tokens, up to the last key."""
+    first, last = int(group.positions[0]), int(group.positions[-1])
+    return last == keys - 1 and last - first == len(group.positions) - 1
+
+
 def _heads(x: Tensor, group: _Group) -> Tensor:
     """A group's keys or values, ``[heads, m, e]``."""
     if group.before.start == group.before.stop:
@@ -115,12 +121,15 @@ def sequence_attention_forward(
     grouped = key.shape[1] != query.shape[1]
     for group in _groups(tables, causal):
         q, k, v = query[group.rows].transpose(0, 1), _heads(key, group), _heads(value, group)
-        square = causal and q.shape[1] == k.shape[1]
-        seen = None if square else _seen(group, k.shape[1], causal)
+        queries, keys = q.shape[1], k.shape[1]
+        square = causal and _are_the_last(group, keys) and keys <= 2 * queries
+        if square:  # rows of no query in front: torch skips what is_causal hides, half of all, but nothing under a mask
+            q = F.pad(q, (0, 0, keys - queries, 0)) if keys > queries else q
+        seen = None if square else _seen(group, keys, causal)
         mixed = F.scaled_dot_product_attention(
             q[None], k[None], v[None], seen, is_causal=square, scale=scale, enable_gqa=grouped
         )
-        out[group.rows] = mixed[0].transpose(0, 1)
+        out[group.rows] = mixed[0, :, -queries:].transpose(0, 1)
     return out, query.new_empty(0, dtype=upcast(query[:0]).dtype)
 
 

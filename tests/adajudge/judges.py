@@ -7,7 +7,7 @@ from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Phi3Confi
 from adajudge_kernels import SequenceLayout
 from tests.kernels.batches import Batch
 
-_SMALL = {
+SMALL = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -21,11 +21,11 @@ _WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
 
 # Windows shorter than the longest sequence of BATCH, so that they matter.
 BACKBONES = {
-    "qwen3": lambda: Qwen3Config(**_SMALL, head_dim=8),
-    "llama": lambda: LlamaConfig(**_SMALL),
-    "phi3": lambda: Phi3Config(**_SMALL),
-    "gemma3": lambda: Gemma3TextConfig(**_SMALL, head_dim=8, sliding_window=6, layer_types=_WINDOWS),
-    "mistral": lambda: MistralConfig(**_SMALL, sliding_window=7),
+    "qwen3": lambda: Qwen3Config(**SMALL, head_dim=8),
+    "llama": lambda: LlamaConfig(**SMALL),
+    "phi3": lambda: Phi3Config(**SMALL),
+    "gemma3": lambda: Gemma3TextConfig(**SMALL, head_dim=8, sliding_window=6, layer_types=_WINDOWS),
+    "mistral": lambda: MistralConfig(**SMALL, sliding_window=7),
 }
 BATCH = Batch((5, 0, 9), ((4, 1), (6,), (8, 3)))
 LONGEST = 17

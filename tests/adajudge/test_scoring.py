@@ -1,11 +1,13 @@
 """Scorer: one score however it is asked, in order, nothing lost."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from adajudge import Scorer
-from adajudge.data import Message, Row, RowError
+from adajudge.data import DataFileError, Message, Row, RowError
 from adajudge.scoring import BUILT_IN_JUDGE
 
 from tests.adajudge.chat_templates.families import family_tokenizer
@@ -192,3 +194,42 @@ def test_prompts_read_once_give_the_same_scores():
     three = [row(1, "it is four .", "it is five .", "I do not know", prompt="what is two plus two ?")]
     ours, expected = (next(scorer.score(three)).scores for scorer in (shared, alone))
     assert [s.reward for s in ours] == pytest.approx([s.reward for s in expected], abs=1e-4)
+
+
+def test_rows_are_read_ahead_by_two_windows_at_most(judge, tokenizer):
+    read = []
+
+    def source():
+        for item in rows(40):
+            read.append(item)
+            yield item
+
+    results = Scorer(judge, tokenizer, window=4).score(source())
+    next(results)
+    assert len(read) == 12
+    results.close()
+    assert len(read) == 12
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("adajudge-encode")]
+
+
+def test_what_was_read_before_a_broken_end_is_scored(judge, tokenizer):
+    def source():
+        yield from rows(6)
+        raise DataFileError("broken behind line 6")
+
+    results = Scorer(judge, tokenizer, window=4).score(source())
+    assert [next(results).row.id for _ in range(6)] == ["1", "2", "3", "4", "5", "6"]
+    with pytest.raises(DataFileError, match="behind line 6"):
+        next(results)
+
+
+def test_many_threads_encode_and_score_as_one_does(judge, tokenizer, alone):
+    scorer = Scorer(judge, tokenizer)
+
+    def score_all():
+        encoded = [scorer.encode(item) for item in rows(12)]
+        return [s.reward for items in encoded for s in scorer.score_encoded(items)]
+
+    with ThreadPoolExecutor(4) as threads:
+        for rewards in threads.map(lambda _: score_all(), range(8)):
+            assert rewards == pytest.approx(alone, abs=1e-5)

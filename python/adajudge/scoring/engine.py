@@ -19,7 +19,7 @@ from adajudge.scoring.results import Score, ScoringError
 
 logger = logging.getLogger(__name__)
 
-_BUDGETS = {"cpu": 4096}
+_BUDGETS = {"cpu": 2048}
 _BUDGET = 32768  # of an accelerator
 
 
@@ -31,7 +31,7 @@ class Engine:
 
     Args:
         model: the judge, on its device.
-        token_budget: tokens of a pack; default 4,096 on the CPU, else 32,768. A longer sequence is a pack of its own.
+        token_budget: tokens of a pack; default 2,048 on the CPU, else 32,768. A longer sequence is a pack of its own.
 
     Attributes:
         tokens_scored: tokens of all sequences scored so far, a shared prompt counted for each of its responses.

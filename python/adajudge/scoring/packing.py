@@ -5,10 +5,13 @@ Nothing here knows of a model or a device. The same sequences and the same budge
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from adajudge.data import EncodedRow
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,37 +45,18 @@ def shared_packs(rows: Sequence[EncodedRow], chosen: Sequence[int], budget: int)
     groups: dict[tuple[int, ...], list[int]] = {}
     for index in chosen:
         groups.setdefault(tuple(rows[index].prompt_ids), []).append(index)
-    pieces = [piece for group in groups.values() for piece in _pieces(rows, group, budget)]
-    pieces.sort(key=lambda piece: -piece[1])  # stable: ties in order of appearance
-    packs: list[Pack] = []
-    group_list: list[tuple[int, ...]] = []
-    filled = 0
-    for piece, tokens in pieces:
-        if group_list and filled + tokens > budget:
-            packs.append(Pack(tuple(group_list), filled))
-            group_list, filled = [], 0
-        group_list.append(piece)
-        filled += tokens
-    if group_list:
-        packs.append(Pack(tuple(group_list), filled))
-    return packs
+    pieces = []
+    for group in groups.values():
+        prompt = rows[group[0]].prompt_length
+        responses = _longest_first([(index, rows[index].response_length) for index in group])
+        pieces += [(tuple(run), prompt + filled) for run, filled in _runs(responses, budget - prompt)]
+    return [Pack(tuple(run), filled) for run, filled in _runs(_longest_first(pieces), budget)]
 
 
-def _pieces(
-    rows: Sequence[EncodedRow], group: list[int], budget: int
-) -> Iterator[tuple[tuple[int, ...], int]]:
-    """A group in runs that fit the budget with their prompt, each with its tokens."""
-    prompt = rows[group[0]].prompt_length
-    run: list[int] = []
-    filled = prompt
-    for index in sorted(group, key=lambda i: -rows[i].response_length):
-        response = rows[index].response_length
-        if run and filled + response > budget:
-            yield tuple(run), filled
-            run, filled = [], prompt
-        run.append(index)
-        filled += response
-    yield tuple(run), filled
+def packed_packs(rows: Sequence[EncodedRow], chosen: Sequence[int], budget: int) -> list[Pack]:
+    """Packs of sequences one after another, the longest first, each with its own prompt."""
+    sequences = _longest_first([((index,), len(rows[index])) for index in chosen])
+    return [Pack(tuple(run), filled) for run, filled in _runs(sequences, budget)]
 
 
 def padded_packs(rows: Sequence[EncodedRow], chosen: Sequence[int], budget: int) -> list[Pack]:
@@ -88,11 +72,20 @@ def padded_packs(rows: Sequence[EncodedRow], chosen: Sequence[int], budget: int)
     return packs
 
 
-def halved(
-    pack: Pack,
-    rows: Sequence[EncodedRow],
-    packer: Callable[[Sequence[EncodedRow], Sequence[int], int], list[Pack]],
-) -> list[Pack]:
-    """The sequences of a pack that was too large, in packs of at most half its tokens; none for a single sequence."""
-    sequences = pack.sequences
-    return packer(rows, sequences, pack.tokens // 2) if len(sequences) > 1 else []
+def _longest_first(items: list[tuple[T, int]]) -> list[tuple[T, int]]:
+    """Sorted by their tokens; equals stay in order of appearance."""
+    return sorted(items, key=lambda item: -item[1])
+
+
+def _runs(items: list[tuple[T, int]], room: int) -> Iterator[tuple[list[T], int]]:
+    """Items with their tokens, in runs that fit the room, and what each run fills; an item always fits an empty run."""
+    run: list[T] = []
+    filled = 0
+    for item, tokens in items:
+        if run and filled + tokens > room:
+            yield run, filled
+            run, filled = [], 0
+        run.append(item)
+        filled += tokens
+    if run:
+        yield run, filled

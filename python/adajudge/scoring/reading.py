@@ -27,14 +27,13 @@ from adajudge.attention_masks import check_keeps_apart, window_in_force
 from adajudge.backbone_states import long_rope_border
 from adajudge.data import EncodedRow, group_by_prompt, pack_rows, pack_shared_prompts, pad_rows
 from adajudge.modeling import AdaJudgeForSequenceClassification, AdaJudgeOutput
-from adajudge.scoring.packing import Pack, padded_packs, shared_packs
+from adajudge.scoring.packing import Pack, packed_packs, padded_packs, shared_packs
 from adajudge_kernels import SequenceLayout, available_backends
 
 logger = logging.getLogger(__name__)
 
 _TREE_TOKENS = 4096  # of a pack: its mask is quadratic in them
 _TREE_SAVES = 0.25  # share of a prompt's tokens, at least, for which a mask is worth its cost
-_PLAIN = "sdpa"
 
 Packer = Callable[[Sequence[EncodedRow], Sequence[int], int], list[Pack]]
 
@@ -60,6 +59,7 @@ class Reading:
         self.model = model
         config = model.backbone.config.get_text_config(decoder=True)
         self.attention: str = config._attn_implementation or "eager"
+        self._masked = "sdpa" if model.backbone._supports_sdpa else "eager"
         self._window = window_in_force(config)
         self._border = long_rope_border(model.backbone)
         self._keeps_apart = _keeps_apart(model.backbone)
@@ -81,7 +81,7 @@ class Reading:
         if attention == backbone_attention.NAME:
             if self._window is None or length <= self._window:
                 return _shared(attention) if causal else _packed(attention)
-            attention = _PLAIN  # whose mask has the window
+            attention = self._masked  # whose mask has the window
         if self._keeps_apart and "flash" in attention:
             return _packed(attention)
         if self._keeps_apart and causal and attention in ("sdpa", "eager") and worth_a_mask:
@@ -154,23 +154,7 @@ def _shared(attention: str) -> Way:
 
 
 def _packed(attention: str) -> Way:
-    return Way("packed", attention, _packed_packs, _read_packed)
-
-
-def _packed_packs(rows: Sequence[EncodedRow], chosen: Sequence[int], budget: int) -> list[Pack]:
-    """Sequences one after another, the longest first, each with its own prompt."""
-    packs: list[Pack] = []
-    run: list[int] = []
-    filled = 0
-    for index in sorted(chosen, key=lambda i: -len(rows[i])):
-        if run and filled + len(rows[index]) > budget:
-            packs.append(Pack(tuple((i,) for i in run), filled))
-            run, filled = [], 0
-        run.append(index)
-        filled += len(rows[index])
-    if run:
-        packs.append(Pack(tuple((i,) for i in run), filled))
-    return packs
+    return Way("packed", attention, packed_packs, _read_packed)
 
 
 def _read_shared(

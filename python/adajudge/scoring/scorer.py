@@ -34,6 +34,7 @@ _AHEAD = 2  # windows that are being encoded while one is scored
 
 Encoded = tuple[EncodedRow, ...]
 Result = ScoredRow | RowError
+_Waiting = tuple[Sequence[Row | RowError], list[Future[list[Encoded | RowError]]]]
 
 
 class Scorer:
@@ -143,21 +144,36 @@ class Scorer:
             yield from results
 
     def score_windows(self, windows: Iterable[Sequence[Row | RowError]]) -> Iterator[list[Result]]:
-        """The results of each window, in order. A row's scores depend, to the last bit, on its window alone."""
+        """The results of each window, in order. A row's scores depend, to the last bit, on its window alone.
+
+        Where `windows` raises, the results of those before come first.
+        """
+        waiting: deque[_Waiting] = deque()
+        remaining = iter(windows)
+        failure: Exception | None = None
         with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "adajudge-encode") as threads:
-            waiting: deque[tuple[Sequence[Row | RowError], list[Future[list[Encoded | RowError]]]]] = deque()
-            remaining = iter(windows)
             try:
                 while True:
-                    for window in itertools.islice(remaining, 1 + _AHEAD - len(waiting)):
-                        chunks = [window[i : i + _CHUNK] for i in range(0, len(window), _CHUNK)]
-                        waiting.append((window, [threads.submit(self._encode_all, part) for part in chunks]))
+                    try:
+                        while failure is None and len(waiting) <= _AHEAD:
+                            waiting.append(self._begin(next(remaining), threads))
+                    except StopIteration:
+                        remaining = iter(())
+                    except Exception as error:
+                        failure = error
                     if not waiting:
-                        return
+                        break
                     window, futures = waiting.popleft()
                     yield self._score_window(window, [item for part in futures for item in part.result()])
             finally:
                 threads.shutdown(wait=False, cancel_futures=True)
+        if failure is not None:
+            raise failure
+
+    def _begin(self, window: Sequence[Row | RowError], threads: ThreadPoolExecutor) -> _Waiting:
+        """Have the rows of a window encoded."""
+        chunks = [window[i : i + _CHUNK] for i in range(0, len(window), _CHUNK)]
+        return window, [threads.submit(self._encode_all, chunk) for chunk in chunks]
 
     def score_response(self, prompt: str | Sequence[Message], response: str) -> Score:
         """Score one response; a prompt given as text is one user message.
@@ -231,5 +247,20 @@ def scored_row(row: Row, scores: Sequence[Score | ScoringError]) -> Result:
 
 
 def _windows(rows: Iterator[Row | RowError], size: int) -> Iterator[list[Row | RowError]]:
-    while window := list(itertools.islice(rows, size)):
+    """Runs of so many rows; where `rows` raises, those before come as a last, shorter one."""
+    window: list[Row | RowError] = []
+    failure: Exception | None = None
+    while failure is None:
+        try:
+            window.append(next(rows))
+        except StopIteration:
+            break
+        except Exception as error:
+            failure = error
+        if len(window) == size:
+            yield window
+            window = []
+    if window:
         yield window
+    if failure is not None:
+        raise failure
