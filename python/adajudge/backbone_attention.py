@@ -68,30 +68,31 @@ def layout_attention(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     longest = adajudge_layout.max_length
-    wanted = {
+    wanted = {  # constant texts: they are formatted only where one is needed
         "bidirectional attention": not is_causal,
         "an attention mask": attention_mask is not None,
         "a batch of several rows": query.shape[0] != 1,
-        f"dropout {dropout}": dropout != 0,
-        f"a sliding window of {sliding_window} tokens, shorter than a sequence of {longest}": (
+        "dropout {dropout}": dropout != 0,
+        "a sliding window of {window} tokens, shorter than a sequence of {longest}": (
             sliding_window is not None and sliding_window < longest
         ),
-        f"heads of {query.shape[-1]} features, more than {MAX_HEAD_SIZE}": query.shape[-1] > MAX_HEAD_SIZE,
+        "heads of {size} features, more than {limit}": query.shape[-1] > MAX_HEAD_SIZE,
         "values of another head size than its queries": value.shape[-1] != query.shape[-1],
     } | {what: options.get(name) is not None for name, what in _UNSERVED.items()}
-    _refuse(module, wanted)
+    if any(wanted.values()):
+        figures = {"dropout": dropout, "window": sliding_window, "longest": longest}
+        _refuse(module, wanted, figures | {"size": query.shape[-1], "limit": MAX_HEAD_SIZE})
     # Autocast leaves query and key in fp32, out of the rotation, and value in its own dtype.
     rows = [x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value)]
     return sequence_attention(rows, adajudge_layout, scale=scaling).unsqueeze(0), None
 
 
-def _refuse(module: nn.Module, wanted: dict[str, bool]) -> None:
-    unserved = [what for what, is_wanted in wanted.items() if is_wanted]
-    if unserved:
-        raise ValueError(
-            f"attn_implementation {NAME!r} cannot serve what {type(module).__name__} wants: {'; '.join(unserved)}. "
-            "Expected another attn_implementation, e.g. 'sdpa' or 'eager'"
-        )
+def _refuse(module: nn.Module, wanted: dict[str, bool], figures: dict[str, Any]) -> None:
+    unserved = [what.format(**figures) for what, is_wanted in wanted.items() if is_wanted]
+    raise ValueError(
+        f"attn_implementation {NAME!r} cannot serve what {type(module).__name__} wants: {'; '.join(unserved)}. "
+        "Expected another attn_implementation, e.g. 'sdpa' or 'eager'"
+    )
 
 
 def no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:

@@ -241,3 +241,22 @@ def test_the_readout_of_the_same_states_is_bit_equal_however_they_lie():
 
 def test_the_devices_default_budgets():
     assert Engine(random_judge()).token_budget == 2048
+
+
+def test_a_compiled_backbone_gives_the_same_scores_and_is_not_compiled_for_every_pack():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    backbone = BACKBONES["qwen3"]()
+    backbone.num_hidden_layers = 1
+    rows = encoded()
+    engine = Engine(
+        random_judge(backbone=backbone, attn_implementation="adajudge"), 45, compile_backbone=True
+    )
+    expected = alone(random_judge(backbone=backbone), rows)
+    assert rewards_of(engine.score(rows)) == pytest.approx(expected, abs=1e-4)
+    counters = torch._dynamo.utils.counters
+    graphs = counters["stats"]["unique_graphs"]
+    assert 1 <= graphs <= 3  # one sequence, one prompt, and several are compiled apart
+    assert rewards_of(engine.score(rows[2:])) == pytest.approx(expected[2:], abs=1e-4)
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]

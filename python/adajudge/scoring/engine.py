@@ -32,16 +32,26 @@ class Engine:
     Args:
         model: the judge, on its device.
         token_budget: tokens of a pack; default 2,048 on the CPU, else 32,768. A longer sequence is a pack of its own.
+        compile_backbone: put the backbone under torch.compile, in place, for packs of any size. Takes a minute or more at
+            the first packs.
 
     Attributes:
         tokens_scored: tokens of all sequences scored so far, a shared prompt counted for each of its responses.
         tokens_read: those that the judge had to read for it.
     """
 
-    def __init__(self, model: AdaJudgeForSequenceClassification, token_budget: int | None = None) -> None:
+    def __init__(
+        self,
+        model: AdaJudgeForSequenceClassification,
+        token_budget: int | None = None,
+        *,
+        compile_backbone: bool = False,
+    ) -> None:
         if token_budget is not None and token_budget < 1:
             raise ValueError(f"token_budget: {token_budget} came, expected at least 1")
         self.model = model.eval()
+        if compile_backbone:
+            model.backbone.compile(dynamic=True)
         self.token_budget = token_budget or _BUDGETS.get(self.device.type, _BUDGET)
         self.tokens_scored = 0
         self.tokens_read = 0

@@ -48,6 +48,7 @@ class Scorer:
         max_length: longest sequence in tokens; default the backbone's own limit. A longer prompt is cut from
             the left and the score flagged as truncated; a response that does not fit is a `RowError`.
         token_budget: tokens that are read at once, see `Engine`.
+        compile_backbone: put the backbone under torch.compile, see `Engine`.
         window: rows whose responses are packed together. Three windows are held at once, whatever the number of rows.
         truncate_response: cut a response that does not fit instead of refusing it (flagged).
         unknown_limit: share of unknown words above which a row is refused; default the judge's own
@@ -64,13 +65,14 @@ class Scorer:
         window: int = 512,
         truncate_response: bool = False,
         unknown_limit: float | None = None,
+        compile_backbone: bool = False,
     ) -> None:
         if window < 1:
             raise ValueError(f"window: {window} came, expected at least 1")
         limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if max_length is not None and limit is not None and max_length > limit:
             raise ValueError(f"max_length: {max_length} came, but the backbone ends at {limit} tokens")
-        self.engine = Engine(model, token_budget)
+        self.engine = Engine(model, token_budget, compile_backbone=compile_backbone)
         self.encoder = ConversationEncoder(
             tokenizer, limit if max_length is None else max_length, truncate_response=truncate_response
         )
