@@ -254,9 +254,10 @@ def test_a_compiled_backbone_gives_the_same_scores_and_is_not_compiled_for_every
     )
     expected = alone(random_judge(backbone=backbone), rows)
     assert rewards_of(engine.score(rows)) == pytest.approx(expected, abs=1e-4)
-    counters = torch._dynamo.utils.counters
-    graphs = counters["stats"]["unique_graphs"]
-    assert 1 <= graphs <= 3  # one sequence, one prompt, and several are compiled apart
     assert rewards_of(engine.score(rows[2:])) == pytest.approx(expected[2:], abs=1e-4)
-    assert counters["stats"]["unique_graphs"] == graphs
+    assert rewards_of(engine.score(rows[1::2])) == pytest.approx(expected[1::2], abs=1e-4)
+    counters = torch._dynamo.utils.counters
+    assert (
+        1 <= counters["stats"]["unique_graphs"] <= 4
+    )  # of seven packs; one sequence is compiled apart from several
     assert not counters["graph_break"]
