@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow.parquet
 import pytest
@@ -109,7 +110,7 @@ def test_every_format_out_and_in(tmp_path, extension):
         records = [json.loads(line) for line in text.splitlines()]
     assert [record["id"] for record in records] == ["pair", "second"]
     assert records[0]["margin"] == records[1]["margin"]
-    assert not list(tmp_path.glob("*.partial"))
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", output.name]
 
 
 def test_standard_input_to_standard_output(tmp_path, capsys, monkeypatch):
@@ -189,9 +190,10 @@ def test_help_is_quick_and_imports_nothing_heavy():
     assert "score" in result.stdout
 
 
-@pytest.mark.parametrize("name", ["in.jsonl", "out.jsonl.errors.jsonl", "out.jsonl.partial"])
+@pytest.mark.parametrize("name", ["in.jsonl", "out.jsonl.errors.jsonl", "out.jsonl.parts/merged"])
 def test_the_input_is_never_overwritten(name, tmp_path, capsys):
     source = tmp_path / name
+    source.parent.mkdir(exist_ok=True)
     text = json.dumps(PAIR) + "\n"
     source.write_text(text)
     if not name.endswith(".jsonl"):
@@ -263,14 +265,22 @@ def test_a_strange_configuration_is_an_error_of_one_line(text, tmp_path, capsys)
     assert "adajudge score:" in capsys.readouterr().err
 
 
-def test_what_was_scored_before_the_input_broke_is_named(tmp_path, capsys):
-    whole = gzip.compress("".join(json.dumps(PAIR | {"id": str(i)}) + "\n" for i in range(2000)).encode())
+def test_what_was_scored_before_the_input_broke_is_named_and_taken_up_when_it_is_whole(tmp_path, capsys):
+    whole = gzip.compress("".join(json.dumps(PAIR | {"id": str(i)}) + "\n" for i in range(700)).encode())
     source, output = tmp_path / "in.jsonl.gz", tmp_path / "out.jsonl"
     source.write_bytes(whole[: len(whole) - 20])
     assert main(["score", str(source), "--output", str(output)]) == 2
-    assert f"is in {output}.partial; {output} does not exist" in capsys.readouterr().err
-    assert len(read_lines(tmp_path / "out.jsonl.partial")) >= 512
+    said = capsys.readouterr().err
+    assert f"is in {output}.parts, and the same command goes on from there; {output} does not exist" in said
     assert not output.exists()
+    source.write_bytes(whole)
+    assert main(["score", str(source), "--output", str(output)]) == 0
+    captured = capsys.readouterr()
+    assert f"goes on from {output}.parts: 512 rows are scored already" in captured.err
+    assert "700 rows, 1400 responses" in captured.out
+    assert "of these now 188 rows" in captured.out
+    assert [record["id"] for record in read_lines(output)] == [str(i) for i in range(700)]
+    assert not Path(f"{output}.parts").exists()
 
 
 def test_abbreviated_options_are_refused(tmp_path):
@@ -297,3 +307,60 @@ def test_flags_of_the_text_are_in_the_output_and_the_summary(tmp_path, capsys):
     assert "1 rows with control tokens" in shown
     (record,) = read_lines(output)
     assert [record[side]["holds_control_tokens"] for side in ("chosen", "rejected")] == [False, True]
+
+
+def test_what_was_cut_is_flagged_and_counted(tmp_path, capsys):
+    """The prompt's beginning gives way; a response only where that was asked for."""
+    long = "tell me about sport . " * 60
+    rows = [GOOD | {"id": "prompt", "prompt": long}, GOOD | {"id": "response", "response": long}, GOOD]
+    source, output = write_lines(tmp_path / "in.jsonl", *rows), tmp_path / "out.jsonl"
+    assert main(["score", source, "--output", str(output)]) == 1
+    assert "1 rows truncated" in capsys.readouterr().out
+    assert [record["truncated"] for record in read_lines(output)] == [True, False]
+    (error,) = read_lines(tmp_path / "out.jsonl.errors.jsonl")
+    assert (error["id"], error["field"]) == ("response", "response")
+    assert main(["score", source, "--output", str(output), "--truncate-response"]) == 0
+    assert "2 rows truncated" in capsys.readouterr().out
+    assert [record["truncated"] for record in read_lines(output)] == [True, True, False]
+
+
+@pytest.mark.parametrize("rows", [[GOOD, PAIR], [GOOD]], ids=["with pairs", "without"])
+def test_a_picture_of_the_rewards(rows, tmp_path, capsys):
+    source, picture = write_lines(tmp_path / "in.jsonl", *rows), tmp_path / "rewards.png"
+    command = ["score", source, "--output", str(tmp_path / "out.jsonl"), "--plot"]
+    assert main([*command, str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    for name, message in (("rewards.docx", "unknown extension"), ("nowhere/x.png", "does not exist"),
+                          ("out.jsonl", "unknown extension")):  # fmt: skip
+        assert main([*command, str(tmp_path / name)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_picture_without_matplotlib_is_refused_before_anything_is_scored(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    source = write_lines(tmp_path / "in.jsonl", PAIR)
+    assert main(["score", source, "--output", str(tmp_path / "out.jsonl"), "--plot", "x.png"]) == 2
+    assert "pip install 'adajudge-kernels[plot]'" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["in.jsonl"]
+
+
+def test_half_a_character_in_a_bad_row_does_not_stop_the_others(tmp_path):
+    """Its error record quotes it, as JSON's escape."""
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"\\ud800": 1}\n' + json.dumps(GOOD) + "\n")
+    assert main(["score", str(source), "--output", str(tmp_path / "out.jsonl")]) == 1
+    assert len(read_lines(tmp_path / "out.jsonl")) == 1
+    (error,) = read_lines(tmp_path / "out.jsonl.errors.jsonl")
+    assert "\ud800" in error["reason"]
+
+
+def test_parquet_of_pairs_and_candidates_together(tmp_path):
+    candidates = {"id": "many", "prompt": "tell me about sport .", "responses": ["the ball .", "the goal ."]}
+    source, output = write_lines(tmp_path / "in.jsonl", PAIR, candidates, GOOD), tmp_path / "out.parquet"
+    assert main(["score", source, "--output", str(output)]) == 0
+    assert main(["score", source, "--output", str(tmp_path / "out.jsonl")]) == 0
+    table = pyarrow.parquet.read_table(output).to_pylist()
+    for row, record in zip(table, read_lines(tmp_path / "out.jsonl"), strict=True):
+        record["winner"] = str(record["winner"]) if "winner" in record else None
+        assert row == dict.fromkeys(row) | record

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package in ("", "adajudge", "adajudge_kernels"):
             raise
-        extra = "train" if args.command == "train" else "model"
+        extra = "plot" if package == "matplotlib" else "train" if args.command == "train" else "model"
         print(
             f"adajudge {args.command}: needs the package {package}, which is not installed: "
             f"pip install 'adajudge-kernels[{extra}]'",

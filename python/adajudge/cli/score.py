@@ -2,25 +2,27 @@
 
 Exit code 0: every row scored. 1: some rows could not be (each has a record in the error file, every other row is
 in the output). 2: the input, the output or the judge cannot be used at all.
+
+What is scored is kept in parts in the folder OUT.parts until all is. Killed at any moment, the same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adajudge.cli.summary import Summary
     from adajudge.data import RowReader
-    from adajudge.scoring import Scorer
+    from adajudge.scoring import Scorer, ScoringJob
+    from adajudge.scoring.parts import Part
+    from adajudge.scoring.ranks import Ranks
 
 _TABLE_ROWS = 100
 _FILE_WIDTH = 120  # of what is printed to no terminal
@@ -31,141 +33,264 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "input", help="rows: .jsonl, .jsonl.gz, .json, .parquet, or - (jsonl on standard input)"
     )
-    parser.add_argument("--output", required=True, metavar="OUT", help="same formats; - is standard output")
+    parser.add_argument("--output", required=True, metavar="OUT",
+                        help="same formats; what is scored is kept in OUT.parts until all is, and the same command goes "
+                        "on after an interruption. - is standard output: streamed, cannot go on")  # fmt: skip
+    parser.add_argument("--fresh", action="store_true",
+                        help="begin anew, although OUT.parts has parts of an interrupted run")  # fmt: skip
     parser.add_argument("--model", metavar="DIR", help="folder of a saved judge; default: the built-in judge")
     parser.add_argument(
         "--max_length", "--max-length", type=int, help="tokens; default: the backbone's limit"
     )
-    parser.add_argument(
-        "--token_budget", "--token-budget", type=int, default=8192, help="padded tokens a batch"
-    )
+    parser.add_argument("--token_budget", "--token-budget", type=int,
+                        help="tokens that are read at once; default: 4,096 on the CPU, else 32,768")  # fmt: skip
+    parser.add_argument("--window", type=int, default=512,
+                        help="rows that are sorted and packed together, and make a part; default 512")  # fmt: skip
+    parser.add_argument("--attn_implementation", "--attn-implementation", metavar="NAME",
+                        help="adajudge, sdpa, eager, flash_attention_2 ..; default: adajudge where it serves the "
+                        "backbone")  # fmt: skip
     parser.add_argument("--truncate_response", "--truncate-response", action="store_true",
                         help="cut a response that does not fit instead of refusing its row")  # fmt: skip
     parser.add_argument("--allow_unknown", "--allow-unknown", action="store_true",
                         help="score rows although the judge does not know their words")  # fmt: skip
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ..; default: CUDA where there is one")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ..; default: CUDA where there is one, under torchrun "
+                        "that of LOCAL_RANK")  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights")
     parser.add_argument("--table", action=argparse.BooleanOptionalAction, default=None,
                         help=f"print the first {_TABLE_ROWS} rows as a table; default: on a terminal")  # fmt: skip
+    parser.add_argument("--plot", metavar="FILE.png", help="histogram of the rewards, and of the margins of pairs; "
+                        "needs matplotlib")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Score `args.input` into `args.output`."""
     from adajudge.data import DataFileError, read_rows
+    from adajudge.scoring.ranks import RankError
 
-    partial, existed = Path(f"{args.output}.partial"), os.path.exists(args.output)
-    before = _modified(partial)
+    started = time.time_ns()
     try:
-        _check_outputs(args.input, args.output)
+        _check_outputs(args)
+        ranks = _ranks(args)
         reader = read_rows(args.input, keep_ties=True)
-        scorer = _load(args)
-        return _score(args, reader, scorer)
-    except (DataFileError, OSError, ValueError, KeyboardInterrupt) as error:
+        scorer = _load(args, ranks)
+        return _score(args, reader, scorer, ranks)
+    except (DataFileError, OSError, ValueError, RankError, KeyboardInterrupt) as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         print(f"adajudge score: {'interrupted' if interrupted else error}", file=sys.stderr)
-        if args.output != "-" and _modified(partial) != before:
-            state = "is as it was before" if existed else "does not exist"
-            print(f"what was scored until then is in {partial}; {args.output} {state}", file=sys.stderr)
+        _print_what_is_left(args.output, started)
         return 130 if interrupted else 2
 
 
-def _modified(path: Path) -> int | None:
-    return path.stat().st_mtime_ns if path.is_file() else None
+def _print_what_is_left(output: str, started: int) -> None:
+    """Where the work of this run is, if it left any."""
+    folder = Path(f"{output}.parts")
+    if output == "-" or not (folder / "job.json").is_file():
+        return
+    if any(part.stat().st_mtime_ns >= started for part in folder.iterdir() if part.is_dir()):
+        state = "is as it was before" if os.path.exists(output) else "does not exist"
+        print(
+            f"what was scored until then is in {folder}, and the same command goes on from there; {output} {state}",
+            file=sys.stderr,
+        )
 
 
-def _check_outputs(source: str, target: str) -> None:
-    """The input is not lost: no file that the command writes or removes may be it. Nor is any of them a folder."""
+def _check_outputs(args: argparse.Namespace) -> None:
+    """The input is not lost: nothing that the command writes or removes may be it. Nor is any of it a folder."""
+    source, target = args.input, args.output
+    written = [] if target == "-" else [target, f"{target}.errors.jsonl"]
     if target != "-" and os.path.isdir(f"{target}.errors.jsonl"):
         raise ValueError(f"--output {target}: its error file {target}.errors.jsonl is a folder")
-    for name in (target, f"{target}.partial", f"{target}.errors.jsonl", f"{target}.errors.jsonl.partial"):
-        if (
-            source != "-"
-            and os.path.exists(name)
-            and os.path.exists(source)
-            and os.path.samefile(source, name)
-        ):
-            raise ValueError(f"--output {target}: the input {source} would be overwritten; name another file")
+    if args.plot is not None:
+        _check_plot(args.plot)
+        if any(os.path.abspath(name) == os.path.abspath(args.plot) for name in written):
+            raise ValueError(f"--plot {args.plot}: scores are written there; name another file")
+        written.append(args.plot)
+    if source == "-" or not os.path.exists(source):
+        return
+    parts = Path(f"{target}.parts").resolve()
+    overwritten = any(os.path.exists(name) and os.path.samefile(source, name) for name in written)
+    if overwritten or (target != "-" and parts in Path(source).resolve().parents):
+        raise ValueError(f"--output {target}: the input {source} would be overwritten; name another file")
 
 
-def _load(args: argparse.Namespace) -> Scorer:
+def _check_plot(path: str) -> None:
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if Path(path).suffix.lower().removeprefix(".") not in known:
+        raise ValueError(f"--plot {path}: unknown extension; expected one of {', '.join(sorted(known))}")
+    if not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"--plot {path}: the folder {Path(path).parent} does not exist")
+
+
+def _ranks(args: argparse.Namespace) -> Ranks:
+    from adajudge.scoring.ranks import Ranks
+
+    ranks = Ranks.from_environment()
+    if ranks.size > 1 and "-" in (args.input, args.output):
+        raise ValueError(
+            f"{ranks.size} processes cannot share standard input or output; expected the names of files"
+        )
+    return ranks
+
+
+def _device(args: argparse.Namespace, ranks: Ranks) -> str | None:
+    """The device that was asked for, or of several processes of a machine each its own."""
+    import torch
+
+    device: str | None = args.device
+    if ranks.size > 1 and device in (None, "cuda") and torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if ranks.local_rank >= count:
+            raise ValueError(
+                f"LOCAL_RANK {ranks.local_rank}: this machine has {count} CUDA devices; start as many processes"
+            )
+        device = f"cuda:{ranks.local_rank}"
+        torch.cuda.set_device(ranks.local_rank)
+    if device is not None:
+        try:
+            torch.empty(0, device=device).tolist()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"--device {device} cannot be used: {reason}") from None
+    return device
+
+
+def _load(args: argparse.Namespace, ranks: Ranks) -> Scorer:
     import torch
     from transformers.utils import logging as transformers_logging
 
     from adajudge.scoring import Scorer
 
     transformers_logging.disable_progress_bar()
-    options: dict[str, Any] = {"token_budget": args.token_budget, "truncate_response": args.truncate_response}
+    options: dict[str, Any] = {
+        "token_budget": args.token_budget,
+        "window": args.window,
+        "truncate_response": args.truncate_response,
+        "attn_implementation": args.attn_implementation,
+    }
     if args.max_length is not None:
         options["max_length"] = args.max_length
     if args.allow_unknown:
         options["unknown_limit"] = 1.0
-    if args.model is None:
+    if args.model is None and ranks.first:
         print("judge: the built-in one, which knows only its own small world (see its card); "
               "--model DIR names another", file=sys.stderr)  # fmt: skip
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    if args.device is not None:
-        try:
-            torch.empty(0, device=args.device).tolist()
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"--device {args.device} cannot be used: {reason}") from None
+    device = _device(args, ranks)
     try:
-        return Scorer.from_pretrained(args.model, device=args.device, dtype=dtype, **options)
+        return Scorer.from_pretrained(args.model, device=device, dtype=dtype, **options)
     except (TypeError, AttributeError, KeyError) as error:  # of a config.json that is something else
         raise ValueError(
             f"{args.model}: cannot be loaded as a judge: {type(error).__name__}: {error}"
         ) from error
 
 
-def _score(args: argparse.Namespace, reader: RowReader, scorer: Scorer) -> int:
+def _score(args: argparse.Namespace, reader: RowReader, scorer: Scorer, ranks: Ranks) -> int:
     from adajudge.cli.summary import Summary
-    from adajudge.data import RowError
-    from adajudge.data.writing import RecordWriter
     from adajudge_kernels.backends import FAMILIES, choose_backend
 
-    device = next(scorer.model.parameters()).device
+    device = scorer.engine.device
     choices = {family: choose_backend(device, family) for family in FAMILIES}  # or say now what is wrong
     summary = Summary(_TABLE_ROWS)
-    error_path = None if args.output == "-" else f"{args.output}.errors.jsonl"
     started = time.perf_counter()
-    with ExitStack() as stack:
-        writer = stack.enter_context(RecordWriter(args.output))
-        errors: RecordWriter | None = None
-        for result in _with_progress(scorer, reader):
-            summary.add(result)
-            if not isinstance(result, RowError):
-                writer.write(result.to_record())
-            elif error_path is None:
-                print(json.dumps({"error": asdict(result)}, ensure_ascii=False), file=sys.stderr)
-            else:
-                errors = errors or stack.enter_context(RecordWriter(error_path))
-                errors.write(asdict(result))
-    if error_path is not None and errors is None and os.path.exists(error_path):
-        os.remove(error_path)  # of an earlier run of the same command; this one has no errors
-    summary.seconds, summary.tokens = time.perf_counter() - started, scorer.tokens_scored
+    if args.output == "-":
+        _stream(reader, scorer, summary)
+    else:
+        _run_job(args, reader, scorer, ranks, summary)
+    if not ranks.first:
+        return 0
+    summary.seconds = time.perf_counter() - started
     backend = f"{choices['pooling'].backend} on {device} ({choices['pooling'].reason})"
-    _report(args, summary, backend, error_path)
-    return 1 if summary.errors else 0
+    _report(args, summary, backend)
+    if args.plot is not None:
+        from adajudge.cli.histogram import save_picture
+
+        save_picture(Path(args.plot), summary.rewards, summary.margins, Path(args.input).name)
+    if summary.total.errors and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        print(
+            "exit code 0 although rows are in the error file: torchrun would restart the job", file=sys.stderr
+        )
+        return 0
+    return 1 if summary.total.errors else 0
 
 
-def _with_progress(scorer: Scorer, reader: RowReader) -> Iterator[Any]:
-    """The results, under a progress bar on a terminal."""
+def _stream(reader: RowReader, scorer: Scorer, summary: Summary) -> None:
+    """To standard output, errors to standard error."""
+    from adajudge.data.writing import RecordWriter
+    from adajudge.scoring.parts import Part
+    from adajudge.scoring.scorer import windows_of
+
+    with RecordWriter("-") as writer, _progress(reader, scorer) as show:
+        for results in scorer.score_windows(windows_of(summary.watch(reader), scorer.window)):
+            part = Part.of(results)
+            for record in part.records:
+                writer.write_json(record)
+            for error in part.errors:
+                print(f'{{"error": {error}}}', file=sys.stderr)
+            summary.add(part)
+            show("scoring", summary.rows_now, summary.rows_now)
+
+
+def _run_job(
+    args: argparse.Namespace, reader: RowReader, scorer: Scorer, ranks: Ranks, summary: Summary
+) -> None:
+    from adajudge.scoring import ScoringJob
+
+    with ScoringJob(scorer, args.output, ranks=ranks, fresh=args.fresh) as job:
+        if ranks.first:
+            _print_resumed(job)
+        with _progress(reader, scorer, ranks) as show:
+
+            def merged(part: Part, resumed: bool) -> None:
+                summary.add(part, resumed)
+                show("merging", summary.total.rows + summary.total.errors, job.rows_scored)
+
+            job.run(summary.watch(reader), lambda: show("scoring", job.rows_passed, job.rows_scored))
+            if ranks.first:
+                job.merge(
+                    merged, lambda: show("waiting for other processes", job.rows_passed, job.rows_scored)
+                )
+
+
+def _print_resumed(job: ScoringJob) -> None:
+    if job.resumed:
+        rows = job.rows_done_before()
+        print(f"goes on from {job.folder}: {rows} rows are scored already", file=sys.stderr)
+    if job.notice is not None:
+        print(f"{job.folder}: {job.notice}", file=sys.stderr)
+
+
+@contextmanager
+def _progress(
+    reader: RowReader, scorer: Scorer, ranks: Ranks | None = None
+) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on a terminal; it is told what is being done, the rows passed, and those scored by this process."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        total = reader.total() if console.is_terminal else None
-        task, started = progress.add_task("", total=total, rate=""), time.perf_counter()
-        for count, result in enumerate(scorer.score(reader), 1):
-            seconds = time.perf_counter() - started
-            rate = f"{count / seconds:,.0f} rows/s, {scorer.tokens_scored / seconds:,.0f} tokens/s"
-            progress.update(task, completed=count, rate=rate)
-            yield result
+    shown = console.is_terminal and (ranks is None or ranks.first)
+    several = f" (rank 0 of {ranks.size})" if ranks is not None and ranks.size > 1 else ""
+    texts = TextColumn("{task.description}"), TextColumn("{task.fields[rate]}")
+    columns = (texts[0], BarColumn(), MofNCompleteColumn(), texts[1], TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
+        total = reader.total() if shown else None
+        task, started = progress.add_task("scoring", total=total, rate=""), time.perf_counter()
+
+        def show(doing: str, passed: int, scored: int) -> None:
+            seconds = max(time.perf_counter() - started, 1e-9)
+            rate = ""
+            if doing == "scoring":
+                rate = (
+                    f"{scored / seconds:,.0f} rows/s, {scorer.tokens_scored / seconds:,.0f} tokens/s{several}"
+                )
+            progress.update(task, description=doing, completed=passed, rate=rate)
+
+        yield show
 
 
-def _report(args: argparse.Namespace, summary: Summary, backend: str, error_path: str | None) -> None:
+def _report(args: argparse.Namespace, summary: Summary, backend: str) -> None:
     from rich.console import Console
 
     from adajudge.scoring import BUILT_IN_JUDGE
@@ -177,13 +302,15 @@ def _report(args: argparse.Namespace, summary: Summary, backend: str, error_path
     if shown:
         summary.print_table(console)
     card = BUILT_IN_JUDGE / "results.json" if args.model is None else None
+    summary.print_spread(console)
     summary.print_figures(console, card)
     console.print(f"backend: {backend}", highlight=False)
-    if args.output != "-":
-        console.print(f"written: {args.output}", highlight=False, soft_wrap=True, markup=False)
-    if summary.errors and error_path is not None:
+    if args.output == "-":
+        return
+    console.print(f"written: {args.output}", highlight=False, soft_wrap=True, markup=False)
+    if summary.total.errors:
         console.print(
-            f"not scored: {len(summary.errors)} rows, see {error_path}",
+            f"not scored: {summary.total.errors} rows, see {args.output}.errors.jsonl",
             style="red",
             soft_wrap=True,
             markup=False,

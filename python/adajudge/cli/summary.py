@@ -1,117 +1,136 @@
-"""What a person sees after scoring: a table of rows, the errors, accuracy and speed."""
+"""What a person sees after scoring: a table of rows, the errors, how rewards are spread, accuracy and speed."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from adajudge.data import RowError
-from adajudge.scoring import Score, ScoredRow
+from adajudge.cli.histogram import print_distribution
+from adajudge.data import Row, RowError
+from adajudge.scoring.figures import Distribution, WindowFigures
+from adajudge.scoring.parts import Part
 
 _TEXT_WIDTH = 34
 _COLUMNS = {"id": 17, "prompt": 8, "reward": 13, "margin": 6, "last/mean/attn": 14, "winner": 8}
+_DOMAINS = 20
+_OTHER_DOMAINS = "others"
 
 
 class Summary:
-    """Counts results as they pass, and keeps the first ones, `table_rows` of them, for the table."""
+    """Adds up what was scored, part after part, in memory that does not grow with it.
+
+    Args:
+        table_rows: so many rows of the input, the first ones, are kept for the table.
+    """
 
     def __init__(self, table_rows: int) -> None:
         self.table_rows = table_rows
-        self.shown: list[ScoredRow] = []
-        self.errors: list[RowError] = []
-        self.responses = 0
-        self.rows = 0
-        self.truncated = 0
-        self.control_tokens = 0  # rows whose text holds some
-        self.implicit_prompts = 0
-        self.pairs: dict[str, list[int]] = {}  # domain -> [right, all]
-        self.longer: list[int] = [0, 0, 0]  # pairs whose longer response is chosen, rejected; equal length
+        self.total = WindowFigures()
+        self.rewards = Distribution()
+        self.margins = Distribution()
         self.seconds = 0.0
-        self.tokens = 0
+        self.rows_now = 0  # scored by this run; others were there
+        self.tokens_now = 0
+        self._prompts: dict[str, str] = {}  # by the row's id
+        self._records: list[dict[str, Any]] = []
+        self._errors: list[RowError] = []
 
-    def add(self, result: ScoredRow | RowError) -> None:
-        """Count one result."""
-        if isinstance(result, RowError):
-            self.errors.append(result)
-            return
-        self.rows += 1
-        self.responses += len(result.scores)
-        self.truncated += any(score.truncated for score in result.scores)
-        self.control_tokens += any(score.holds_control_tokens for score in result.scores)
-        self.implicit_prompts += result.row.implicit_prompt
-        if len(self.shown) < self.table_rows:
-            self.shown.append(result)
-        if result.row.kind == "pair" and not result.row.tie:
-            counts = self.pairs.setdefault(str(result.row.extra.get("domain", "all")), [0, 0])
-            counts[0] += result.margin > 0
-            counts[1] += 1
-            chosen, rejected = (score.response_tokens for score in result.scores)
-            self.longer[0 if chosen > rejected else 1 if chosen < rejected else 2] += 1
+    def watch(self, rows: Iterable[Row | RowError]) -> Iterator[Row | RowError]:
+        """The rows as they come; the prompts of the first ones are kept for the table."""
+        for row in rows:
+            if isinstance(row, Row) and len(self._prompts) < self.table_rows:
+                self._prompts[row.id] = _short(row.prompt[-1].content if row.prompt else "")
+            yield row
+
+    def add(self, part: Part, resumed: bool = False) -> None:
+        """Count one part; `resumed`: an earlier run has scored it."""
+        total, figures = self.total, part.figures
+        if not resumed:
+            self.rows_now += figures.rows + figures.errors
+            self.tokens_now += figures.tokens
+        for name in (
+            "rows",
+            "errors",
+            "responses",
+            "tokens",
+            "truncated",
+            "control_tokens",
+            "implicit_prompts",
+        ):
+            setattr(total, name, getattr(total, name) + getattr(figures, name))
+        for domain, counts in figures.pairs.items():
+            known = domain in total.pairs or len(total.pairs) < _DOMAINS
+            sums = total.pairs.setdefault(domain if known else _OTHER_DOMAINS, [0, 0])
+            sums[:] = [a + b for a, b in zip(sums, counts, strict=True)]
+        total.longer = [a + b for a, b in zip(total.longer, figures.longer, strict=True)]
+        self.rewards.add(figures.rewards)
+        self.margins.add(figures.margins)
+        for line in part.records[: self.table_rows - len(self._records)]:
+            self._records.append(json.loads(line))
+        for line in part.errors[: self.table_rows - len(self._errors)]:
+            self._errors.append(RowError(**json.loads(line)))
 
     def print_table(self, console: Console) -> None:
-        """One line a response list: reward, margin, view weights, winner."""
+        """One line a row: reward of each response, margin, view weights, winner."""
         table = Table(box=None, header_style="bold", pad_edge=False)
         for name, width in _COLUMNS.items():  # the prompt gives way where the terminal is narrow
             numeric = name in ("reward", "margin")
             table.add_column(name, no_wrap=True, min_width=width, justify="right" if numeric else "left")
-        for result in self.shown:
-            margin, winner = "", ""
-            if len(result.scores) > 1:
-                margin = f"{result.margin:+.2f}"
-                winner = str(result.winner) if result.row.kind == "pair" else f"#{result.winner}"
-            rewards = " ".join(f"{score.reward:+.2f}" for score in result.scores[:4])
-            prompt = result.row.prompt[-1].content if result.row.prompt else ""
-            table.add_row(
-                escape(result.row.id[:24]),
-                escape(_short(prompt)),
-                rewards,
-                margin,
-                _weights(result.scores[0]),
-                winner,
-            )
+        for record in self._records:
+            if record["id"] in self._prompts:
+                table.add_row(escape(record["id"][:24]), escape(self._prompts[record["id"]]), *_cells(record))
         console.print(table)
-        for error in self.errors[: self.table_rows]:
+        for error in self._errors:
             console.print(f"[red]error[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+
+    def print_spread(self, console: Console) -> None:
+        """Quantiles of rewards and margins, and a histogram of the rewards."""
+        if self.rewards.count:
+            print_distribution(console, {"reward": self.rewards, "margin": self.margins})
 
     def print_figures(self, console: Console, card: Path | None) -> None:
         """Counts, speed, and for pairs the accuracy, beside the built-in judge's card if `card` is given."""
-        line = f"{self.rows} rows, {self.responses} responses, {self.tokens} tokens in {self.seconds:.2f} s"
-        rate = max(self.seconds, 1e-9)
-        line += f": {self.rows / rate:,.0f} rows/s, {self.tokens / rate:,.0f} tokens/s"
+        total, rate = self.total, max(self.seconds, 1e-9)
+        line = f"{total.rows} rows, {total.responses} responses, {total.tokens} tokens"
+        if self.rows_now < total.rows + total.errors:
+            line += f"; of these now {self.rows_now} rows"
+        line += f" in {self.seconds:.2f} s: {self.rows_now / rate:,.0f} rows/s, {self.tokens_now / rate:,.0f} tokens/s"
         console.print(line, highlight=False, soft_wrap=True)
         for count, meaning in (
-            (self.truncated, "truncated (flagged in the output)"),
+            (total.truncated, "truncated (flagged in the output)"),
             (
-                self.control_tokens,
+                total.control_tokens,
                 "with control tokens of the tokenizer in their text (flagged in the output)",
             ),
             (
-                self.implicit_prompts,
+                total.implicit_prompts,
                 "without a prompt: the words that both texts begin with were taken as one",
             ),
         ):
             if count:
                 console.print(f"{count} rows {meaning}", highlight=False, soft_wrap=True)
-        if not self.pairs:
+        if not total.pairs:
             return
-        right, total = (sum(counts[i] for counts in self.pairs.values()) for i in (0, 1))
+        right, pairs = (sum(counts[i] for counts in total.pairs.values()) for i in (0, 1))
         table = Table(title="accuracy on pairs (chosen above rejected)", title_justify="left", box=None)
         table.add_column("")
-        for domain in self.pairs:
+        for domain in total.pairs:
             table.add_column(escape(domain), justify="right")
         table.add_column("together", justify="right")
         table.add_row(
             "this judge, these rows",
-            *(_percent(r, n) for r, n in self.pairs.values()),
-            f"{_percent(right, total)} ({right}/{total})",
+            *(_percent(r, n) for r, n in total.pairs.values()),
+            f"{_percent(right, pairs)} ({right}/{pairs})",
         )
-        longer = self.longer[0] + self.longer[2] / 2
-        table.add_row("longer response wins, these rows", *[""] * len(self.pairs), _percent(longer, total))
-        for name, figures in _card_rows(card, list(self.pairs)):
+        longer = total.longer[0] + total.longer[2] / 2
+        table.add_row("longer response wins, these rows", *[""] * len(total.pairs), _percent(longer, pairs))
+        for name, figures in _card_rows(card, list(total.pairs)):
             table.add_row(name, *figures)
         console.print(table)
 
@@ -134,8 +153,18 @@ def _percent(part: float, whole: int) -> str:
     return f"{100 * part / whole:.1f}" if whole else ""
 
 
-def _weights(score: Score) -> str:
-    return " ".join(f"{weight:.2f}" for weight in score.view_weights)
+def _cells(record: dict[str, Any]) -> tuple[str, str, str, str]:
+    """Rewards, margin, view weights and winner of an output record of any kind."""
+    if "reward" in record:
+        scores, winner = [record], ""
+    elif "chosen" in record:
+        scores, winner = [record["chosen"], record["rejected"]], record["winner"]
+    else:
+        scores, winner = record["candidates"], f"#{record['winner']}"
+    rewards = [score["reward"] for score in scores]
+    margin = f"{rewards[0] - max(rewards[1:]):+.2f}" if len(rewards) > 1 else ""
+    weights = " ".join(f"{weight:.2f}" for weight in scores[0]["view_weights"])
+    return " ".join(f"{reward:+.2f}" for reward in rewards[:4]), margin, weights, winner
 
 
 def _short(text: str) -> str:

@@ -116,6 +116,12 @@ class ConversationEncoder:
         self._latest_prompt: tuple[str, list[int]] = ("", [])
 
     @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer."""
+        tokenizer: PreTrainedTokenizerBase = self._template.tokenizer
+        return tokenizer
+
+    @property
     def facts(self) -> TemplateFacts:
         """What the template puts around an assistant turn."""
         return self._template.facts

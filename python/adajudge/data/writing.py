@@ -3,91 +3,148 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 from .files import EXTENSIONS, STDIN, DataFileError
 
+_GZIP_LEVEL = 6  # 9 takes three times as long for a per cent
+_ROW_GROUP = 4096  # records of parquet that are held in memory
+
 
 class RecordWriter:
     """Writes one record after another; the file appears under its name when the last one is written.
 
-    Records go to ``NAME.partial`` beside the target, which takes its place on a clean exit from the ``with``
-    block. ``"-"`` is standard output, one JSON object a line. parquet records are held in memory until then.
+    Until then the records go to another file, which takes the target's place on a clean exit from the ``with`` block and
+    is removed after an error. The same records give the same bytes: no time stamp goes in. ``"-"`` is standard output, one
+    JSON object a line.
 
     Args:
         target: path whose extension names the format, or ``"-"``.
+        partial: the other file, on the same file system; default ``TARGET.partial``.
+        schema: gives the pyarrow schema of a parquet file, and is called for no other format. What comes for a column of
+            texts is written as text.
 
     Raises:
         DataFileError: unknown extension, or the folder does not exist.
     """
 
-    def __init__(self, target: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        target: str | os.PathLike[str],
+        *,
+        partial: str | os.PathLike[str] | None = None,
+        schema: Callable[[], Any] | None = None,
+    ) -> None:
         self.target = os.fspath(target)
-        self._partial = Path(self.target + ".partial")
-        self._extension = _check_target(self.target)
+        self._partial = Path(self.target + ".partial" if partial is None else partial)
+        self._extension = check_target(self.target)
+        if self._extension == ".parquet" and schema is None:
+            raise ValueError(f"schema: none came; expected that of {self.target}")
+        self._schema = schema
+        self._files = ExitStack()
         self._text: IO[str] | None = None
-        self._held: list[Mapping[str, Any]] = []
+        self._parquet: Any = None
+        self._held: list[dict[str, Any]] = []
         self._empty = True
 
     def __enter__(self) -> RecordWriter:
         """Open the target."""
         if self._extension == STDIN:
             self._text = sys.stdout
+        elif self._extension == ".parquet":
+            import pyarrow.parquet
+
+            assert self._schema is not None
+            self._parquet = pyarrow.parquet.ParquetWriter(self._partial, self._schema())
+            self._files.callback(self._parquet.close)
         elif self._extension == ".jsonl.gz":
-            self._text = gzip.open(self._partial, "wt", encoding="utf-8")
-        elif self._extension != ".parquet":
-            self._text = open(self._partial, "w", encoding="utf-8", newline="\n")
+            file = self._files.enter_context(open(self._partial, "wb"))
+            packed = gzip.GzipFile("", "wb", _GZIP_LEVEL, file, mtime=0)
+            self._text = self._files.enter_context(_lines_into(packed))
+        else:
+            self._text = self._files.enter_context(_lines_into(open(self._partial, "wb")))
         return self
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Add one record."""
+        if self._parquet is None:
+            self.write_json(json.dumps(record, ensure_ascii=False, allow_nan=False))
+            return
+        self._held.append(dict(record))
+        if len(self._held) == _ROW_GROUP:
+            self._write_row_group()
+
+    def write_json(self, record: str) -> None:
+        """Add one record that is JSON already, on one line."""
         if self._text is None:
-            self._held.append(record)  # parquet needs all records for its columns
+            self.write(json.loads(record))
             return
         if self._extension == ".json":
             self._text.write("[\n" if self._empty else ",\n")
         self._empty = False
-        self._text.write(json.dumps(record, ensure_ascii=False, allow_nan=False))
+        self._text.write(record)
         if self._extension != ".json":
             self._text.write("\n")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Finish the file and give it its name; after an exception only the partial file remains, if it has records."""
+        """Finish the file and give it its name; after an error there is none."""
         if self._extension == STDIN:
             sys.stdout.flush()
             return
-        if self._extension == ".json" and self._text is not None and kind is None:
-            self._text.write("[]\n" if self._empty else "\n]\n")
-        if self._text is not None:
-            self._text.close()
+        try:
+            with self._files:
+                if kind is None:
+                    self._finish()
+        except BaseException:
+            self._partial.unlink(missing_ok=True)
+            raise
         if kind is not None:
-            if self._empty:
-                self._partial.unlink(missing_ok=True)
+            self._partial.unlink(missing_ok=True)
             return
-        if self._extension == ".parquet":
-            self._write_parquet()
+        with open(self._partial, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(self._partial, self.target)
 
-    def _write_parquet(self) -> None:
+    def _finish(self) -> None:
+        if self._held:
+            self._write_row_group()
+        if self._extension == ".json" and self._text is not None:
+            self._text.write("[]\n" if self._empty else "\n]\n")
+
+    def _write_row_group(self) -> None:
         import pyarrow
-        import pyarrow.parquet
 
-        columns = dict.fromkeys(name for record in self._held for name in record)  # rows of every kind
-        table = pyarrow.Table.from_pylist(
-            [{name: record.get(name) for name in columns} for record in self._held]
-        )
-        pyarrow.parquet.write_table(table, self._partial)
+        schema = self._parquet.schema
+        texts = [field.name for field in schema if pyarrow.types.is_string(field.type)]
+        rows = [
+            record | {name: str(record[name]) for name in texts if record.get(name) is not None}
+            for record in self._held
+        ]
+        self._parquet.write_table(pyarrow.Table.from_pylist(rows, schema))
+        self._held = []
 
 
-def _check_target(target: str) -> str:
+def _lines_into(file: Any) -> IO[str]:
+    """Half a surrogate pair, which only an error record can quote, is written as JSON's escape of it."""
+    return io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def check_target(target: str) -> str:
+    """The extension of a file that can be written, or ``"-"``.
+
+    Raises:
+        DataFileError: unknown extension, a folder, or one that does not exist or cannot be written to.
+    """
     if target == STDIN:
         return STDIN
     for extension in sorted(EXTENSIONS, key=len, reverse=True):

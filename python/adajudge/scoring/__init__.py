@@ -3,15 +3,25 @@
     encode (threads)  ->  pack (equal prompts once, a budget of tokens)  ->  judge  ->  results, in order
 
 `Scorer` is the whole way from rows to results. `Engine` is its second half, from token ids to scores; `packing` decides which
-sequences are read together; `results` is what comes out.
+sequences are read together; `results` is what comes out. `ScoringJob` scores a file that is too long to begin twice.
 """
 
 from pathlib import Path
 
 from .engine import Engine
+from .jobs import JobError, ScoringJob
 from .results import Score, ScoredRow, ScoringError
 from .scorer import Scorer
 
 BUILT_IN_JUDGE = Path(__file__).parent.parent / "builtin" / "judge"
 
-__all__ = ["BUILT_IN_JUDGE", "Engine", "Score", "ScoredRow", "Scorer", "ScoringError"]
+__all__ = [
+    "BUILT_IN_JUDGE",
+    "Engine",
+    "JobError",
+    "Score",
+    "ScoredRow",
+    "Scorer",
+    "ScoringError",
+    "ScoringJob",
+]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 from adajudge.data import Row
 
@@ -67,3 +68,30 @@ class ScoredRow:
 
 def _fields(score: Score) -> dict[str, Any]:
     return {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(score).items()}
+
+
+def record_schema(kinds: Collection[str]) -> Any:
+    """The pyarrow schema of `ScoredRow.to_record`'s records, for rows of these kinds.
+
+    Where pairs and candidates come together, the winner of both is text.
+    """
+    import pyarrow
+
+    types = {float: pyarrow.float64(), int: pyarrow.int64(), bool: pyarrow.bool_()}
+    hints = get_type_hints(Score)
+    score = [(name, types.get(hint, pyarrow.list_(pyarrow.float64()))) for name, hint in hints.items()]
+    columns = [("id", pyarrow.string())]
+    if "single" in kinds:
+        columns += score
+    if "pair" in kinds:
+        columns.append(("margin", pyarrow.float64()))
+    if "pair" in kinds or "candidates" in kinds:
+        columns.append(("winner", pyarrow.string() if "pair" in kinds else pyarrow.int64()))
+    if "pair" in kinds:
+        columns += [(side, pyarrow.struct(score)) for side in ("chosen", "rejected")]
+    if "candidates" in kinds:
+        columns += [
+            ("ranking", pyarrow.list_(pyarrow.int64())),
+            ("candidates", pyarrow.list_(pyarrow.struct(score))),
+        ]
+    return pyarrow.schema(columns)

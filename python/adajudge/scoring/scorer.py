@@ -142,7 +142,7 @@ class Scorer:
             row if isinstance(row, (Row, RowError)) else parse_row(row, line)
             for line, row in enumerate(rows, 1)
         )
-        for results in self.score_windows(_windows(parsed, self.window)):
+        for results in self.score_windows(windows_of(parsed, self.window)):
             yield from results
 
     def score_windows(self, windows: Iterable[Sequence[Row | RowError]]) -> Iterator[list[Result]]:
@@ -248,13 +248,14 @@ def scored_row(row: Row, scores: Sequence[Score | ScoringError]) -> Result:
     return row.error("row", str(next(score for score in scores if isinstance(score, ScoringError))))
 
 
-def _windows(rows: Iterator[Row | RowError], size: int) -> Iterator[list[Row | RowError]]:
+def windows_of(rows: Iterable[Row | RowError], size: int) -> Iterator[list[Row | RowError]]:
     """Runs of so many rows; where `rows` raises, those before come as a last, shorter one."""
+    remaining = iter(rows)
     window: list[Row | RowError] = []
     failure: Exception | None = None
     while failure is None:
         try:
-            window.append(next(rows))
+            window.append(next(remaining))
         except StopIteration:
             break
         except Exception as error:

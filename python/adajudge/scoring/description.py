@@ -1,0 +1,93 @@
+"""What a scoring job was asked for, in a form that can be kept and compared."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from hashlib import blake2b
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from adajudge.scoring.scorer import Scorer
+from adajudge_kernels import __version__
+from adajudge_kernels.backends import FAMILIES, choose_backend
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_SAMPLES = 64
+_OF_THE_FILES = (
+    "_name_or_path",
+    "transformers_version",
+)  # of a configuration: where it came from, not what it says
+
+
+def describe(scorer: Scorer) -> dict[str, Any]:
+    """Everything that a row's scores depend on beside the rows of its window; values of JSON."""
+    model, encoder = scorer.model, scorer.encoder
+    device = scorer.engine.device
+    return {
+        "adajudge": __version__,
+        "weights": _digest_of_weights(model),
+        "config": _digest(_without_origin(model.config.to_dict())),
+        "tokenizer": _digest_of_tokenizer(encoder.tokenizer),
+        "max_length": encoder.max_length,
+        "truncate_response": encoder.truncate_response,
+        "unknown_limit": scorer.unknown_limit,
+        "window": scorer.window,
+        "token_budget": scorer.engine.token_budget,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": device.type,
+        "attention": model.backbone.config.get_text_config(decoder=True)._attn_implementation,
+        "kernels": " ".join(f"{name}:{choose_backend(device, name).backend}" for name in FAMILIES),
+    }
+
+
+def describe_machine(device: torch.device) -> str:
+    """What may change the last digits of a score: the device, its threads, the libraries."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    return f"{name}, torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The fields that differ, each with both values; empty if none does."""
+    names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+    return ", ".join(f"{name} was {was.get(name)!r}, is {now.get(name)!r}" for name in names)
+
+
+def _digest(content: object) -> str:
+    text = json.dumps(content, sort_keys=True, default=str)
+    return blake2b(text.encode("utf-8", "backslashreplace"), digest_size=16).hexdigest()
+
+
+def _without_origin(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _without_origin(v) for k, v in value.items() if k not in _OF_THE_FILES}
+    return [_without_origin(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _digest_of_tokenizer(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = tokenizer.get_vocab() if backend is None else backend.to_str()
+    return _digest([words, tokenizer.chat_template, tokenizer.special_tokens_map])
+
+
+@torch.inference_mode()
+def _digest_of_weights(model: torch.nn.Module) -> str:
+    """Of the weights as they are loaded, wherever they came from: adapters are merged, types converted."""
+    state = model.state_dict()
+    sums = torch.stack([_checksum(tensor) for tensor in state.values()]).tolist()
+    return _digest([[name, list(state[name].shape), *s] for name, s in zip(state, sums, strict=True)])
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """The sum of all bits read as integers (exact in any order), and that of some times their place."""
+    bits = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
+    some = bits[:: max(1, bits.numel() // _SAMPLES)].long()
+    places = torch.arange(1, len(some) + 1, device=some.device)
+    return torch.stack([bits.sum(dtype=torch.long), (some * places).sum()])
