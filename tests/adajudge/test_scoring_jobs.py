@@ -19,6 +19,7 @@ from adajudge.cli import main
 from adajudge.data import DataFileError, Message, Row
 from adajudge.scoring import JobError, ScoringJob
 from adajudge.scoring.parts import PartFolder
+from adajudge.scoring.ranks import Ranks
 from transformers import Qwen3Config
 
 from tests.adajudge.chat_templates.families import family_tokenizer
@@ -196,7 +197,7 @@ def test_finished_windows_are_read_but_neither_encoded_nor_scored(small, interru
     [
         (["--window", "6"], "window was 5, is 6"),
         (["--max_length", "90"], "max_length was 96, is 90"),
-        (["--token-budget", "99"], "token_budget was 4096, is 99"),
+        (["--token-budget", "99"], "token_budget was 2048, is 99"),
         (["--truncate_response"], "truncate_response was False, is True"),
         (["--allow_unknown"], "unknown_limit was None, is 1.0"),
         (["--dtype", "bfloat16"], "dtype was 'float32', is 'bfloat16'"),
@@ -413,6 +414,18 @@ def test_a_rank_that_was_asked_for_something_else_stops_all(small, adajudge, tmp
     assert [adajudge.wait(process) for process in processes] == [2, 2]
     assert "rank 0 and rank 1 were asked for different things: max_length was 96, is 50" in log.read_text()
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_torchrun_is_not_told_to_restart_a_finished_job(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert main([*small, str(tmp_path / "out.jsonl")]) == 0
+    assert "exit code 0 although rows are in the error file" in capsys.readouterr().err
+
+
+def test_several_processes_cannot_share_standard_input(small, monkeypatch, capsys):
+    monkeypatch.setattr(Ranks, "from_environment", lambda: Ranks(0, 2))
+    assert main(["score", "-", *small[2:], "out.jsonl"]) == 2
+    assert "2 processes cannot share standard input or output" in capsys.readouterr().err
 
 
 def test_torchrun_gives_the_bytes_of_a_single_process(judge, tmp_path):

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max_length", "--max-length", type=int, help="tokens; default: the backbone's limit"
     )
     parser.add_argument("--token_budget", "--token-budget", type=int,
-                        help="tokens that are read at once; default: 4,096 on the CPU, else 32,768")  # fmt: skip
+                        help="tokens that are read at once; default: what suits the device")  # fmt: skip
     parser.add_argument("--window", type=int, default=512,
                         help="rows that are sorted and packed together, and make a part; default 512")  # fmt: skip
     parser.add_argument("--attn_implementation", "--attn-implementation", metavar="NAME",
