@@ -41,6 +41,7 @@ def describe(scorer: Scorer) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": device.type,
         "attention": model.backbone.config.get_text_config(decoder=True)._attn_implementation,
+        "compiled": model.backbone._compiled_call_impl is not None,
         "kernels": " ".join(f"{name}:{choose_backend(device, name).backend}" for name in FAMILIES),
     }
 
