@@ -49,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attn_implementation", "--attn-implementation", metavar="NAME",
                         help="adajudge, sdpa, eager, flash_attention_2 ..; default: adajudge where it serves the "
                         "backbone")  # fmt: skip
+    parser.add_argument("--compile_backbone", "--compile-backbone", action="store_true",
+                        help="put the backbone under torch.compile; takes a minute or more at the start")  # fmt: skip
     parser.add_argument("--truncate_response", "--truncate-response", action="store_true",
                         help="cut a response that does not fit instead of refusing its row")  # fmt: skip
     parser.add_argument("--allow_unknown", "--allow-unknown", action="store_true",
@@ -168,6 +170,7 @@ def _load(args: argparse.Namespace, ranks: Ranks) -> Scorer:
         "window": args.window,
         "truncate_response": args.truncate_response,
         "attn_implementation": args.attn_implementation,
+        "compile_backbone": args.compile_backbone,
     }
     if args.max_length is not None:
         options["max_length"] = args.max_length
