@@ -160,16 +160,23 @@ class ConversationEncoder:
         marked = any(map(self._template.holds_control_token, [*contents, response]))
         return replace(self._fit(ids, len(prompt_ids)), holds_control_tokens=marked)
 
-    def encode_rendered(self, text: str) -> EncodedRow:
+    def encode_rendered(self, text: str, *, add_bos: bool = False) -> EncodedRow:
         """Encode text that a chat template has been applied to already (OpenRLHF's ``query``).
 
         Special tokens in the text are recognised and none are added. Padding around it, a run of the pad
         token, is removed. The response is that of the last assistant header.
 
+        Args:
+            text: the conversation.
+            add_bos: where the template begins with a bos token and the text does not, put it there (clients of vLLM
+                take it off, because vLLM adds one).
+
         Raises:
             EncodingError: no assistant header, nothing behind it, or a response longer than ``max_length``.
         """
         ids = self._without_padding(self._template.encode(text))
+        if add_bos and self._template.begins_with_bos and ids[:1] != [self._bos_id]:
+            ids = self._template.encode(str(self._template.tokenizer.bos_token) + text)
         try:
             start, end = self.boundary.response_span(ids)
         except ValueError as error:

@@ -73,6 +73,8 @@ class ChatTemplate:
         self._control_texts = [str(token) for token in added.values() if token.special and str(token)]
         self._anchor = self._find_anchor(added)
         self.facts = self._derive_facts()
+        bos = self.tokenizer.bos_token
+        self.begins_with_bos = bool(bos) and self._render_sentinel(_QUESTIONS[0]).startswith(str(bos))
 
     def render(self, messages: Conversation, generation_prompt: bool = False) -> str:
         """Text of a conversation; with ``generation_prompt`` it ends where a model begins to answer.

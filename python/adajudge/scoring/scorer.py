@@ -203,13 +203,13 @@ class Scorer:
             return row.error(error.field, str(error))
         return encoded
 
-    def encode_rendered(self, text: str) -> EncodedRow:
+    def encode_rendered(self, text: str, *, add_bos: bool = False) -> EncodedRow:
         """Token ids of text that a chat template has been applied to already, see `ConversationEncoder`.
 
         Raises:
             EncodingError: it cannot be scored, and why.
         """
-        encoded = self.encoder.encode_rendered(text)
+        encoded = self.encoder.encode_rendered(text, add_bos=add_bos)
         self._check_known((encoded,))
         return encoded
 

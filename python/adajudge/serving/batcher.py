@@ -1,0 +1,177 @@
+"""The queue in front of the engine: sequences of many clients, scored together by one thread."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from typing import Protocol
+
+from adajudge.data import EncodedRow
+from adajudge.scoring.results import Score, ScoringError
+from adajudge.serving.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+_SHARES = 8  # requests that a batch has room for when all of them have much to be scored
+_RECENT = 0.2  # weight of the latest batch in the rate
+
+
+class EngineError(ScoringError):
+    """The engine failed on a sequence in a way that no sequence should make it fail."""
+
+
+class Scoring(Protocol):
+    """What the batcher needs of a scorer."""
+
+    def score_encoded(self, rows: Sequence[EncodedRow]) -> list[Score | ScoringError]:
+        """One result per sequence."""
+
+
+class _Part:
+    """Sequences that were submitted together; their scores may come in several batches."""
+
+    __slots__ = ("future", "remaining", "results", "rows")
+
+    def __init__(self, rows: Sequence[EncodedRow]) -> None:
+        self.rows = rows
+        self.results: list[Score | ScoringError] = [ScoringError("not scored")] * len(rows)
+        self.remaining = len(rows)
+        self.future: Future[list[Score | ScoringError]] = Future()
+
+
+class Batcher:
+    """Scores what waits, in batches of about `token_limit()` tokens, in a thread of its own.
+
+    Requests take turns: of one with thousands of sequences a batch holds an eighth as long as others wait.
+
+    Args:
+        scorer: what scores the batches.
+        token_limit: tokens of a batch; asked before each one, since an engine may halve its budget.
+        max_wait: seconds that the first sequence waits for others.
+        metrics: what is counted.
+    """
+
+    def __init__(
+        self, scorer: Scoring, token_limit: Callable[[], int], max_wait: float, metrics: Metrics
+    ) -> None:
+        self._scorer = scorer
+        self._token_limit = token_limit
+        self._max_wait = max_wait
+        self._metrics = metrics
+        self._changed = threading.Condition()
+        self._queues: OrderedDict[object, deque[tuple[_Part, int]]] = OrderedDict()
+        self._since = 0.0
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="adajudge-score", daemon=True)
+        self.rows_waiting = 0
+        self.tokens_waiting = 0
+        self.rows_per_second = 0.0
+        self.failing = False  # the engine failed on every sequence of its latest batch
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Drop what waits, and end the thread when its batch is done."""
+        with self._changed:
+            self._stopping = True
+            owners = list(self._queues)
+            self._changed.notify()
+        for owner in owners:
+            self.drop(owner)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def submit(self, owner: object, rows: Sequence[EncodedRow]) -> Future[list[Score | ScoringError]]:
+        """One result per sequence, in the future; sequences of an owner are scored in their order."""
+        part = _Part(rows)
+        if not rows:
+            part.future.set_result([])
+            return part.future
+        with self._changed:
+            if self._stopping:
+                part.future.cancel()
+                return part.future
+            if not self._queues:
+                self._since = time.monotonic()
+            self._queues.setdefault(owner, deque()).extend((part, i) for i in range(len(rows)))
+            self._count(len(rows), sum(len(row) for row in rows))
+            self._changed.notify()
+        return part.future
+
+    def drop(self, owner: object) -> None:
+        """Forget what waits of this owner: its client has gone."""
+        with self._changed:
+            queue = self._queues.pop(owner, ())
+            self._count(-len(queue), -sum(len(part.rows[i]) for part, i in queue))
+        for part, _ in queue:
+            part.future.cancel()
+
+    def _count(self, rows: int, tokens: int) -> None:
+        self.rows_waiting += rows
+        self.tokens_waiting += tokens
+        self._metrics.waiting.set(self.rows_waiting)
+
+    def _run(self) -> None:
+        while (batch := self._take()) is not None:
+            if not batch:  # all of it was dropped while it waited
+                continue
+            started = time.perf_counter()
+            rows = [part.rows[i] for part, i in batch]
+            results = self._score(rows)
+            seconds = time.perf_counter() - started
+            self.failing = all(isinstance(result, EngineError) for result in results)
+            rate = len(batch) / max(seconds, 1e-6)
+            self.rows_per_second += (rate - self.rows_per_second) * (_RECENT if self.rows_per_second else 1)
+            self._metrics.busy.inc(seconds)
+            self._metrics.batch_rows.observe(len(batch))
+            scored = [row for row, result in zip(rows, results, strict=True) if isinstance(result, Score)]
+            self._metrics.rows.inc(len(scored))
+            self._metrics.tokens.inc(sum(len(row) for row in scored))
+            for (part, i), result in zip(batch, results, strict=True):
+                part.results[i] = result
+                part.remaining -= 1
+                if part.remaining == 0:
+                    with suppress(InvalidStateError):  # dropped meanwhile
+                        part.future.set_result(part.results)
+
+    def _take(self) -> list[tuple[_Part, int]] | None:
+        """The next batch; None when the batcher stops."""
+        limit = self._token_limit()
+        with self._changed:
+            self._changed.wait_for(lambda: self._queues or self._stopping)
+            patience = self._since + self._max_wait - time.monotonic()
+            self._changed.wait_for(lambda: self.tokens_waiting >= limit or self._stopping, max(0.0, patience))
+            if self._stopping:
+                return None
+            batch: list[tuple[_Part, int]] = []
+            tokens = 0
+            while self._queues and tokens < limit:
+                owner, queue = self._queues.popitem(last=False)
+                share = 0
+                while queue and tokens < limit and share < max(1, limit // _SHARES):
+                    part, i = queue.popleft()
+                    batch.append((part, i))
+                    tokens += len(part.rows[i])
+                    share += len(part.rows[i])
+                if queue:
+                    self._queues[owner] = queue
+            self._count(-len(batch), -tokens)
+            return batch
+
+    def _score(self, rows: Sequence[EncodedRow]) -> list[Score | ScoringError]:
+        """One result per sequence; where the engine fails the halves are tried, so that one sequence fails alone."""
+        try:
+            return self._scorer.score_encoded(rows)
+        except Exception as error:
+            if len(rows) == 1:
+                logger.exception("the engine failed on a sequence of %d tokens", len(rows[0]))
+                return [EngineError(f"the engine failed: {type(error).__name__}")]
+        half = len(rows) // 2
+        return self._score(rows[:half]) + self._score(rows[half:])

@@ -1,0 +1,97 @@
+"""The process: a socket, signals, and an end that loses no accepted request."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import uvicorn
+
+from adajudge.scoring import Scorer
+from adajudge.serving.app import create_app
+from adajudge.serving.gate import Gate
+from adajudge.serving.settings import Settings
+
+_KEEP_ALIVE = 30  # seconds that an idle connection stays open
+
+
+class _Server(uvicorn.Server):
+    """Answers what was accepted while it refuses what is new, and ends without raising the signal once more."""
+
+    def __init__(
+        self, config: uvicorn.Config, gate: Gate, patience: float, announce: Callable[[], None]
+    ) -> None:
+        super().__init__(config)
+        self._gate = gate
+        self._patience = patience
+        self._announce = announce
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """The first signal drains, a second SIGINT ends at once."""
+        before = {sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for sig, handler in before.items():
+                signal.signal(sig, handler)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, and say so."""
+        await super().startup(sockets)
+        self._announce()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuse new work with 503 until all that was accepted is answered, then close."""
+        self._gate.draining = True
+        deadline = time.monotonic() + self._patience
+        while self._gate.in_flight and not self.force_exit and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        await super().shutdown(sockets)
+
+
+def serve(scorer: Scorer, settings: Settings, host: str, port: int, announce: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Args:
+        scorer: of the judge.
+        settings: limits and access.
+        host: address to bind.
+        port: 0 chooses a free one.
+        announce: called with the server's URL once it can be reached.
+
+    Raises:
+        OSError: the address cannot be bound.
+    """
+    _allow_many_connections()
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, port), family=family, backlog=2048) as listener:
+        name = f"[{host}]" if ":" in host else host
+        url = f"http://{name}:{listener.getsockname()[1]}"
+        gate = create_app(scorer, settings)
+        config = uvicorn.Config(
+            gate,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            lifespan="on",
+            timeout_keep_alive=_KEEP_ALIVE,
+            timeout_graceful_shutdown=5,  # what is left then are idle connections
+        )
+        try:
+            _Server(config, gate, settings.timeout + 5, lambda: announce(url)).run(sockets=[listener])
+        finally:
+            gate.service.close()  # where it was ended at once
+
+
+def _allow_many_connections() -> None:
+    """Clients of RLHF open a connection per response; the usual soft limit is 1,024 files."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

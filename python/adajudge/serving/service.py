@@ -1,0 +1,255 @@
+"""From a request to its answer: a body within limits, rows encoded in threads, scores from the batcher."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import time
+from collections.abc import Awaitable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+from pydantic import ValidationError
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from adajudge.data import EncodedRow, EncodingError, Row
+from adajudge.scoring import Score, Scorer, ScoringError
+from adajudge.serving.batcher import Batcher, EngineError
+from adajudge.serving.errors import JSONAnswer, ServingError
+from adajudge.serving.formats import Fault, Item, Outcome, WireFormat, fault_of
+from adajudge.serving.metrics import Metrics
+from adajudge.serving.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_THREADS = 4  # that encode
+_CHUNK = 32  # rows that a thread encodes in one go
+_AHEAD = 32  # budgets of tokens that are encoded and wait; beyond, encoding waits
+_BODIES = 8  # bodies of the largest size that may be held at once
+_LISTED = 100  # bad rows that an error lists
+_DRAIN_SECONDS = (
+    2.0  # how long the rest of a body that is too large is read, so that its client reads our answer
+)
+
+
+class Service:
+    """Scores the bodies of requests with one judge.
+
+    Args:
+        scorer: of the judge.
+        settings: limits.
+    """
+
+    def __init__(self, scorer: Scorer, settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.batcher = Batcher(
+            scorer, lambda: scorer.engine.token_budget, settings.max_batch_wait_ms / 1000, self.metrics
+        )
+        self.started = int(time.time())
+        self._scorer = scorer
+        self._threads = ThreadPoolExecutor(_THREADS, "adajudge-encode")
+        self._encoding = asyncio.Semaphore(_THREADS)
+        self._accepted = 0  # rows
+        self._held = 0  # bytes of bodies
+
+    def close(self) -> None:
+        """End the threads; what still waits is dropped."""
+        self.batcher.stop()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    async def answer(self, request: Request, wire: WireFormat) -> Response:
+        """Answer one request, or raise `ServingError`."""
+        seconds = self.settings.timeout
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._answer(request, wire)
+        except TimeoutError:
+            raise ServingError(
+                504, "timeout", f"not answered within {seconds:g} s; its waiting rows were dropped"
+            ) from None
+
+    async def _answer(self, request: Request, wire: WireFormat) -> Response:
+        _check_content_type(request)
+        held = 0
+        try:
+            body = bytearray()
+            async for chunk in request.stream():
+                body += chunk
+                held += len(chunk)
+                self._held += len(chunk)
+                if len(body) > self.settings.max_body:
+                    body.clear()
+                    await _read_the_rest(request)
+                    raise ServingError(
+                        413,
+                        "body_too_large",
+                        f"the body is longer than {self.settings.max_body_mb:g} MiB",
+                        headers={"Connection": "close"},
+                    )
+                if self._held > _BODIES * self.settings.max_body:
+                    raise self._busy("too many bytes of requests are held")
+            return await self._unless_disconnected(request, self._score_body(bytes(body), wire))
+        finally:
+            self._held -= held
+
+    async def _unless_disconnected(self, request: Request, work: Awaitable[Response]) -> Response:
+        """The work's result; it is cancelled when the client goes away."""
+        working = asyncio.ensure_future(work)
+        watching = asyncio.ensure_future(_disconnected(request))
+        try:
+            await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise ClientDisconnect
+            return working.result()
+        finally:
+            for task in (working, watching):
+                task.cancel()
+                with suppress(asyncio.CancelledError, Exception):
+                    await task
+
+    async def _score_body(self, body: bytes, wire: WireFormat) -> Response:
+        loop = asyncio.get_running_loop()
+        request, items = await loop.run_in_executor(self._threads, _parse, body, wire)
+        rows = sum(len(item.responses) if isinstance(item, Row) else 1 for item in items)
+        if rows > self.settings.max_rows:
+            raise ServingError(
+                413, "too_many_rows", f"{rows} responses came, expected at most {self.settings.max_rows}"
+            )
+        if self._accepted + rows > self.settings.max_queue:
+            raise self._busy(f"{self._accepted} responses are being scored")
+        self._accept(rows)
+        try:
+            outcomes = await self._score(items, stop_at_faults=not wire.carries_errors)
+        finally:
+            self._accept(-rows)
+        faults = [(i, outcome) for i, outcome in enumerate(outcomes) if isinstance(outcome, Fault)]
+        for _, fault in faults:
+            self.metrics.bad_rows.labels(fault.kind).inc()
+        if faults and not wire.carries_errors:
+            raise _refusal(faults, len(items))
+        return JSONAnswer(wire.answer(request, items, outcomes, self.settings.model_name))
+
+    def _accept(self, rows: int) -> None:
+        self._accepted += rows
+        self.metrics.accepted.set(self._accepted)
+
+    def _busy(self, message: str) -> ServingError:
+        rate = self.batcher.rows_per_second
+        seconds = min(60, max(1, math.ceil(self.batcher.rows_waiting / rate))) if rate else 1
+        return ServingError(429, "overloaded", f"{message}; try again later",
+                            headers={"Retry-After": str(seconds)})  # fmt: skip
+
+    async def _score(self, items: list[Item], stop_at_faults: bool) -> list[Outcome]:
+        """One outcome per item. With `stop_at_faults` nothing more is scored once a row turns out to be bad."""
+        owner = object()
+        parts: list[asyncio.Future[list[Score | ScoringError]]] = []
+        counts: list[int | Fault] = []
+        sound = True
+        try:
+            for first in range(0, len(items), _CHUNK):
+                encoded = await self._encode(items[first : first + _CHUNK])
+                counts += [item if isinstance(item, Fault) else len(item) for item in encoded]
+                sound = sound and not any(isinstance(item, Fault) for item in encoded)
+                if stop_at_faults and not sound:
+                    self.batcher.drop(owner)
+                    continue
+                rows = [row for item in encoded if not isinstance(item, Fault) for row in item]
+                parts.append(asyncio.wrap_future(self.batcher.submit(owner, rows)))
+            if stop_at_faults and not sound:
+                return [count if isinstance(count, Fault) else () for count in counts]
+            scores = iter([score for part in await asyncio.gather(*parts) for score in part])
+        finally:
+            self.batcher.drop(owner)
+        return [count if isinstance(count, Fault) else _outcome([next(scores) for _ in range(count)])
+                for count in counts]  # fmt: skip
+
+    async def _encode(self, items: list[Item]) -> list[tuple[EncodedRow, ...] | Fault]:
+        loop = asyncio.get_running_loop()
+        async with self._encoding:  # first come, first served
+            while self.batcher.tokens_waiting > _AHEAD * self._scorer.engine.token_budget:
+                await asyncio.sleep(0.005)
+            return await loop.run_in_executor(
+                self._threads, lambda: [self._encode_safely(item) for item in items]
+            )
+
+    def _encode_one(self, item: Item) -> tuple[EncodedRow, ...] | Fault:
+        if isinstance(item, Fault):
+            return item
+        if isinstance(item, Row):
+            encoded = self._scorer.encode(item)
+            return encoded if isinstance(encoded, tuple) else fault_of(encoded)
+        try:
+            return (self._scorer.encode_rendered(item.text, add_bos=item.add_bos),)
+        except EncodingError as error:
+            reason = str(error)
+            if "no assistant header" in reason:
+                reason += "; expected text with the judge's chat template applied, special tokens in it"
+            return Fault(item.field, reason)
+
+    def _encode_safely(self, item: Item) -> tuple[EncodedRow, ...] | Fault:
+        try:
+            return self._encode_one(item)
+        except Exception as error:  # of a tokenizer or a template: its neighbours are encoded all the same
+            logger.exception("a row cannot be encoded")
+            return Fault("row", f"it cannot be encoded: {type(error).__name__}", kind="engine_error")
+
+
+def _check_content_type(request: Request) -> None:
+    """Web pages of others can post anything but JSON to this server without being asked."""
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json" and not content_type.endswith("+json"):
+        raise ServingError(415, "unsupported_media_type", f"{content_type or 'no type'} came, "
+                           "expected 'Content-Type: application/json'", headers={"Connection": "close"})  # fmt: skip
+
+
+async def _read_the_rest(request: Request) -> None:
+    with suppress(TimeoutError, ClientDisconnect):
+        async with asyncio.timeout(_DRAIN_SECONDS):
+            async for _ in request.stream():
+                pass
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _parse(body: bytes, wire: WireFormat) -> tuple[Any, list[Item]]:
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise ServingError(400, "invalid_json", f"the body is no JSON: {error}") from None
+    try:
+        request = wire.request.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        field = "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in first["loc"]).lstrip(".")
+        message = first["msg"].removeprefix("Value error, ")
+        raise ServingError(422, "invalid_request", message, field=field or None) from None
+    return request, wire.items(request)
+
+
+def _outcome(scores: list[Score | ScoringError]) -> Outcome:
+    failed = next((score for score in scores if isinstance(score, ScoringError)), None)
+    if failed is None:
+        return tuple(score for score in scores if isinstance(score, Score))
+    return Fault("row", str(failed), kind="engine_error" if isinstance(failed, EngineError) else "not_scored")
+
+
+def _refusal(faults: list[tuple[int, Fault]], items: int) -> ServingError:
+    row, first = faults[0]
+    failed = any(fault.kind == "engine_error" for _, fault in faults)
+    return ServingError(
+        500 if failed else 422,
+        "engine_error" if failed else first.kind,
+        f"{len(faults)} of {items} rows cannot be scored, and this format has no place for their errors; "
+        f"row {row}: {first.reason}",
+        row=row,
+        field=first.field,
+        rows=[fault.record(i) for i, fault in faults[:_LISTED]],
+    )
