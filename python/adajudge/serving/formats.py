@@ -137,12 +137,8 @@ class ScorePairs(_Request):
 
     @model_validator(mode="after")
     def _two_lists_that_fit(self) -> ScorePairs:
-        new, old = (self.queries, self.documents), (self.text_1, self.text_2)
-        if (
-            sum(x is not None for x in new + old) != 2
-            or None not in (new[0], old[0])
-            or (None not in (new[1], old[1]))
-        ):
+        given = {name for name in ("queries", "documents", "text_1", "text_2") if getattr(self, name) is not None}
+        if given not in ({"queries", "documents"}, {"text_1", "text_2"}):
             raise ValueError("expected either queries and documents, or text_1 and text_2")
         prompts, responses = self.pairs()
         if not prompts or not responses:
