@@ -7,7 +7,6 @@ cannot be used.
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import logging
 import os
 import sys
@@ -57,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal."""
-    from adajudge.serving import Settings, serve
+    from adajudge.serving import Settings, is_loopback, serve
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
@@ -83,14 +82,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"adajudge serve: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _name_of(model: str | None) -> str:

@@ -7,6 +7,6 @@
 
 from .app import create_app
 from .server import serve
-from .settings import Settings
+from .settings import Settings, is_loopback
 
-__all__ = ["Settings", "create_app", "serve"]
+__all__ = ["Settings", "create_app", "is_loopback", "serve"]

@@ -19,7 +19,7 @@ class Gate:
 
     Attributes:
         draining: refuse new work with 503.
-        in_flight: requests that are being answered.
+        in_flight: requests that were let in and are not answered yet.
     """
 
     def __init__(self, app: ASGIApp, service: Service, paths: frozenset[str]) -> None:
@@ -46,16 +46,18 @@ class Gate:
             await send(message)
 
         started = time.perf_counter()
-        self.in_flight += 1
+        refusal = self._refusal(scope)
         try:
-            refusal = self._refusal(scope)
-            if refusal is None:
-                await self._app(scope, receive, send_and_see)
-            else:
+            if refusal is not None:
                 self._metrics.refused.labels(refusal.kind).inc()
                 await refusal.response()(scope, receive, send_and_see)
+                return
+            self.in_flight += 1
+            try:
+                await self._app(scope, receive, send_and_see)
+            finally:
+                self.in_flight -= 1
         finally:
-            self.in_flight -= 1
             self._metrics.requests.labels(endpoint, status).inc()
             self._metrics.seconds.labels(endpoint).observe(time.perf_counter() - started)
 

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -78,13 +78,14 @@ class Service:
         held = 0
         try:
             body = bytearray()
-            async for chunk in request.stream():
+            stream = request.stream()
+            async for chunk in stream:
                 body += chunk
                 held += len(chunk)
                 self._held += len(chunk)
                 if len(body) > self.settings.max_body:
                     body.clear()
-                    await _read_the_rest(request)
+                    await _read_the_rest(stream)
                     raise ServingError(
                         413,
                         "body_too_large",
@@ -207,10 +208,10 @@ def _check_content_type(request: Request) -> None:
                            "expected 'Content-Type: application/json'", headers={"Connection": "close"})  # fmt: skip
 
 
-async def _read_the_rest(request: Request) -> None:
+async def _read_the_rest(stream: AsyncIterator[bytes]) -> None:
     with suppress(TimeoutError, ClientDisconnect):
         async with asyncio.timeout(_DRAIN_SECONDS):
-            async for _ in request.stream():
+            async for _ in stream:
                 pass
 
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 
-_LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 @dataclass(frozen=True)
@@ -59,4 +66,4 @@ class Settings:
         if not self.check_host or self.api_key is not None:
             return True
         name = host.rpartition("]")[0].removeprefix("[") if host.startswith("[") else host.partition(":")[0]
-        return name.lower() in _LOOPBACK_NAMES or name.startswith("127.")
+        return is_loopback(name)

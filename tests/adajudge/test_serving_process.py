@@ -1,0 +1,104 @@
+"""The command: what it prints, what it refuses, how it ends."""
+
+import os
+import signal
+import socket
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from adajudge.cli import main
+
+from tests.adajudge.servers import RENDERED, Process, wait_until
+
+BODY = {"query": [RENDERED] * 64}
+
+
+@pytest.fixture
+def process():
+    server = Process("--max-batch-wait-ms", "1", **os.environ, ADAJUDGE_API_KEY="secret")
+    yield server
+    server.kill()
+
+
+def test_a_signal_ends_it_when_all_that_was_accepted_is_answered(process):
+    """Clients send one request after another; the signal comes in the middle. Whoever got in is answered."""
+    headers = {"Authorization": "Bearer secret"}
+    assert httpx.post(f"{process.url}/get_reward", json=BODY).status_code == 401
+    expected = httpx.post(f"{process.url}/get_reward", json=BODY, headers=headers).json()["rewards"]
+    seen = []
+
+    def send(_):
+        with httpx.Client(headers=headers, timeout=30) as client:
+            while True:
+                try:
+                    answer = client.post(f"{process.url}/get_reward", json=BODY)
+                except httpx.ConnectError:
+                    return "gone"  # nobody listens any more
+                except (httpx.ReadError, httpx.RemoteProtocolError):
+                    return "closed"  # an idle connection that was closed while the request was on its way
+                seen.append(answer.status_code)
+                if answer.status_code == 200:
+                    assert answer.json()["rewards"] == pytest.approx(expected, abs=1e-4)
+                else:
+                    assert (answer.status_code, answer.json()["error"]["type"]) == (503, "shutting_down")
+                    time.sleep(0.05)
+
+    with ThreadPoolExecutor(8) as threads:
+        ends = threads.map(send, range(8))
+        wait_until(lambda: len(seen) > 20)
+        code, errors = process.terminate()
+        ends = list(ends)
+    assert code == 0
+    assert "Traceback" not in errors
+    assert errors.startswith("serving adajudge-built-in on cpu")
+    assert set(ends) <= {"gone", "closed"}
+    assert seen.count(200) >= 20
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{process.url}/health")
+
+
+def refused(capsys, *options):
+    assert main(["serve", *options]) == 2
+    return capsys.readouterr().err
+
+
+def test_an_address_that_others_reach_needs_a_key(capsys, monkeypatch):
+    monkeypatch.delenv("ADAJUDGE_API_KEY", raising=False)
+    for host in ("0.0.0.0", "::", "192.0.2.1", "example.org"):
+        assert f"--host {host}: others could reach it and there is no key" in refused(capsys, "--host", host)
+    assert "api_key: it is empty" in refused(capsys, "--host", "0.0.0.0", "--api-key", "")
+    monkeypatch.setenv("ADAJUDGE_API_KEY", "")
+    assert "api_key: it is empty" in refused(capsys)
+
+
+def test_wrong_options_are_said_before_the_judge_is_loaded(capsys):
+    assert "max_rows: 0 came" in refused(capsys, "--max_rows", "0")
+    assert "nothing: no config.json there" in refused(capsys, "--model", "nothing")
+    assert "--device foo cannot be used" in refused(capsys, "--device", "foo")
+    assert "max_length: 999 came" in refused(capsys, "--max-length", "999")
+
+
+def test_a_port_in_use_is_an_error_of_one_line(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert "in use" in refused(capsys, "--port", str(taken.getsockname()[1]))
+    assert "port must be" in refused(capsys, "--port", "99999")
+
+
+def test_a_missing_package_is_named_with_what_installs_it(capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("adajudge.serving")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    assert "pip install 'adajudge-kernels[serve]'" in refused(capsys)
+
+
+def test_options_from_a_file(tmp_path, capsys):
+    config = tmp_path / "serve.yaml"
+    config.write_text("host: 0.0.0.0\nmax_rows: 100\n")
+    assert "--host 0.0.0.0: others could" in refused(capsys, "--config", str(config))
+    config.write_text("max_row: 100\n")
+    with pytest.raises(SystemExit):
+        main(["serve", "--config", str(config)])
+    assert "unknown key 'max_row'" in capsys.readouterr().err
