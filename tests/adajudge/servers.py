@@ -94,12 +94,12 @@ def wait_until(condition, seconds=20):
         time.sleep(0.005)
 
 
-def family_scorer(family, **options):
+def family_scorer(family, max_tokens=200, **options):
     """A tiny judge with random weights and the family's tokenizer and chat template."""
     tokenizer = family_tokenizer(family)
     torch.manual_seed(0)
     backbone = BACKBONES["qwen3"]()
-    backbone.vocab_size, backbone.max_position_embeddings = len(tokenizer), 200
+    backbone.vocab_size, backbone.max_position_embeddings = len(tokenizer), max_tokens
     config = AdaJudgeConfig(
         backbone_config=backbone, num_blocks=2, expert_hidden_size=8, router_hidden_size=8
     )

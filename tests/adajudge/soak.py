@@ -11,14 +11,14 @@ import json
 import random
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 
 import httpx
 import psutil
-from adajudge import Scorer
 
-from tests.adajudge.servers import Process
+from tests.adajudge.servers import Process, family_scorer
 
 CLIENTS = 32
 MALFORMED, DISCONNECTING = 0.01, 0.03
@@ -76,23 +76,34 @@ class Report:
             f"answers {self.answers}, {self.disconnected} clients went away; "
             f"p50 {self.latency(50):.0f} ms, p99 {self.latency(99):.0f} ms; "
             f"memory {self.memory[-1]:.0f} MiB, grown by {self.growth:.1f} MiB; "
+            f"the engine worked {self.counted['adajudge_engine_busy_seconds_total']:.1f} s in "
+            f"{self.counted['adajudge_batch_rows_count']:.0f} batches; "
             f"last wave {self.last_wave}; exit code {self.exit_code}"
         )
 
 
 class Rows:
-    """Rows of mixed lengths with their offline rewards."""
+    """Rows of mixed lengths with their offline rewards, by a tiny judge that is saved in a folder."""
 
-    def __init__(self, count=300):
+    def __init__(self, folder, count=300):
         chance = random.Random(0)
-        scorer = Scorer.from_pretrained(unknown_limit=1.0)
+        scorer = family_scorer("qwen3", max_tokens=2048)
+        tokenizer = scorer.encoder._template.tokenizer
+        scorer.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         self.prompts = [" ".join(chance.choices(_WORDS, k=chance.choice((1, 4, 20, 90)))) for _ in range(20)]
         self.rows = []
         for _ in range(count):
             response = " ".join(chance.choices(_WORDS, k=int(2 ** chance.uniform(0, 7))))
             self.rows.append({"prompt": chance.choice(self.prompts), "response": response})
         self.rewards = [result.scores[0].reward for result in scorer.score(self.rows)]
-        self.rendered = [f"<user> {r['prompt']} <end> <assistant> {r['response']} <end> " for r in self.rows]
+        self.rendered = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}],
+                tokenize=False,
+            )
+            for row in self.rows
+        ]
 
     def request(self, chance):
         """Path, body, the offline rewards, and what reads them from the answer."""
@@ -161,8 +172,10 @@ async def disconnecting(url, rows, chance, report):
 async def client(number, url, rows, report, until):
     chance = random.Random(number)
     async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+        requests = 0
         while time.monotonic() < until:
-            draw = chance.random()
+            draw = (number + requests) / 100 if requests < 3 else chance.random()  # every kind at least once
+            requests += 1
             if draw < MALFORMED:
                 await malformed(http, chance, report)
             elif draw < MALFORMED + DISCONNECTING:
@@ -193,7 +206,8 @@ async def last_wave(server, rows, report):
 
     async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
         asking = [asyncio.ensure_future(ask(number, http)) for number in range(CLIENTS)]
-        await asyncio.sleep(0.1)
+        while not (await asyncio.to_thread(counted, server.url))["adajudge_rows_accepted"]:
+            assert not all(task.done() for task in asking), "answered before the signal"
         ending = asyncio.to_thread(server.terminate)
         ends, (report.exit_code, report.errors) = await asyncio.gather(asyncio.gather(*asking), ending)
     for end in ends:
@@ -208,8 +222,9 @@ def counted(url):
 
 def soak(seconds):
     """Run it; the report."""
-    rows, report = Rows(), Report()
-    server = Process("--allow-unknown")
+    with tempfile.TemporaryDirectory() as folder:
+        rows, report = Rows(folder), Report()
+        server = Process("--model", folder)
     try:
         process = psutil.Process(server.process.pid)
 
