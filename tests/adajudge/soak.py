@@ -23,7 +23,31 @@ from tests.adajudge.servers import Process, family_scorer
 CLIENTS = 32
 MALFORMED, DISCONNECTING = 0.01, 0.03
 NEAR = 1e-4
-_WORDS = "the ball and the goal . we saw the pan in the kitchen and I do not know what it is called ,".split()
+_WORDS = [
+    "the",
+    "ball",
+    "and",
+    "the",
+    "goal",
+    ".",
+    "we",
+    "saw",
+    "the",
+    "pan",
+    "in",
+    "the",
+    "kitchen",
+    "and",
+    "I",
+    "do",
+    "not",
+    "know",
+    "what",
+    "it",
+    "is",
+    "called",
+    ",",
+]
 _HEADERS = {"Content-Type": "application/json"}
 _MALFORMED = (
     ("/get_reward", b"{", 400),
@@ -99,7 +123,10 @@ class Rows:
         self.rewards = [result.scores[0].reward for result in scorer.score(self.rows)]
         self.rendered = [
             tokenizer.apply_chat_template(
-                [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}],
+                [
+                    {"role": "user", "content": row["prompt"]},
+                    {"role": "assistant", "content": row["response"]},
+                ],
                 tokenize=False,
             )
             for row in self.rows
@@ -125,8 +152,11 @@ class Rows:
             pairs = {"queries": [r["prompt"] for r in rows], "documents": [r["response"] for r in rows]}
             return "/score", pairs, rewards, lambda body: [x["score"] for x in body["data"]]
         bad = {"prompt": "tell me", "response": 7}  # a bad row among good ones
-        return "/v1/rewards", {"rows": [*rows, bad]}, rewards, lambda body: (
-            [x["reward"] for x in body["data"][:-1]] if "error" in body["data"][-1] else []
+        return (
+            "/v1/rewards",
+            {"rows": [*rows, bad]},
+            rewards,
+            lambda body: [x["reward"] for x in body["data"][:-1]] if "error" in body["data"][-1] else [],
         )
 
 
@@ -216,7 +246,9 @@ async def last_wave(server, rows, report):
 
 def counted(url):
     """What the server's own metrics say."""
-    samples = (line.rpartition(" ") for line in httpx.get(f"{url}/metrics").text.splitlines() if line[0] != "#")
+    samples = (
+        line.rpartition(" ") for line in httpx.get(f"{url}/metrics").text.splitlines() if line[0] != "#"
+    )
     return {name: float(value) for name, _, value in samples}
 
 
@@ -255,10 +287,14 @@ def problems(report):
     answered = sum(
         value
         for name, value in report.counted.items()
-        if name.startswith("adajudge_requests_total") and 'status="499"' not in name and "/metrics" not in name
+        if name.startswith("adajudge_requests_total")
+        and 'status="499"' not in name
+        and "/metrics" not in name
     )
     total = sum(report.answers.values())
-    if not total <= answered <= total + report.disconnected:  # some were answered before their client went away
+    if (
+        not total <= answered <= total + report.disconnected
+    ):  # some were answered before their client went away
         found.append(f"the server answered {answered} requests, the clients have {total}")
     for name in ("adajudge_rows_accepted", "adajudge_rows_waiting"):
         if report.counted[name] != 0:

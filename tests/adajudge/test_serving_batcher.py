@@ -111,7 +111,13 @@ def test_a_failing_engine_fails_the_sequences_that_make_it_fail(batcher, engine)
     engine.broken = {5}
     (result,) = batcher.submit("a", [sequence(5)]).result(10)
     assert isinstance(result, ScoringError)
-    assert batcher.failing
+    assert not batcher.failing  # it still scores what it has scored before
+    engine.broken = set(range(20))
+    batcher.submit("a", [sequence(5)]).result(10)
+    wait_until(lambda: batcher.failing)
+    engine.broken = set()
+    assert rewards(batcher.submit("a", [sequence(5)])) == [5.0]
+    assert not batcher.failing
 
 
 def test_sequences_wait_a_moment_for_others(engine):

@@ -49,9 +49,7 @@ def openrlhf_rewards(urls, queries, prompts, labels):
     for i, url in enumerate(urls):
         part = slice(i * share, (i + 1) * share)
         data = {"query": queries[part], "prompts": prompts[part], "labels": labels[part]}
-        answer = requests.post(
-            url=url, json=data, headers={"Content-Type": "application/json"}, timeout=180
-        )
+        answer = requests.post(url=url, json=data, headers={"Content-Type": "application/json"}, timeout=180)
         answer.raise_for_status()
         results.append(answer.json())
     return results
@@ -61,10 +59,10 @@ def openrlhf_rewards(urls, queries, prompts, labels):
 def test_openrlhf(judge, servers):
     """Its queries are decoded token ids, padded on the right as its experience maker leaves them."""
     url, tokenizer, offline = judge
-    pad = tokenizer.pad_token if tokenizer.name_or_path != "" or tokenizer.pad_token else ""
-    queries = [text + (pad or "") * 3 for text in conversations(tokenizer)]
+    queries = [text + (tokenizer.pad_token or "") * 3 for text in conversations(tokenizer)]
     results = openrlhf_rewards([f"{url}/get_reward"] * servers, queries, ["p"] * 3, [None] * 3)
-    assert sum((result["rewards"] for result in results), []) == pytest.approx(offline, abs=1e-4)
+    rewards = [reward for result in results for reward in result["rewards"]]
+    assert rewards == pytest.approx(offline, abs=1e-4)
     assert all(result["scores"] == result["rewards"] for result in results)
     assert all(result["extra_logs"] == {} for result in results)
 
@@ -104,7 +102,9 @@ def test_the_bos_token_is_never_put_twice_nor_where_it_is_not_wanted(judge):
         assert [item["data"][0] for item in answer["data"]] != pytest.approx(offline, abs=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"encoding_format": "float"}, {"encoding_format": "base64"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"encoding_format": "float"}, {"encoding_format": "base64"}], ids=str
+)
 def test_the_openai_client(judge, options):
     """Without an encoding it asks for base64 and decodes that itself."""
     url, tokenizer, offline = judge
@@ -134,6 +134,6 @@ def test_a_key_in_the_url_for_clients_that_send_no_header():
         assert len(result["rewards"]) == 3
         with openai.OpenAI(base_url=f"{client.url}/v1", api_key="secret") as named:
             assert named.models.list().data
-        with openai.OpenAI(base_url=f"{client.url}/v1", api_key="other") as wrong:
-            with pytest.raises(openai.AuthenticationError):
-                wrong.models.list()
+        wrong = openai.OpenAI(base_url=f"{client.url}/v1", api_key="other")
+        with wrong, pytest.raises(openai.AuthenticationError):
+            wrong.models.list()

@@ -69,9 +69,7 @@ def test_classify(client, offline, body):
     assert item == {"index": 0, "label": "LABEL_0", "probs": [near(offline[0])], "num_classes": 1}
 
 
-@pytest.mark.parametrize(
-    "names", [("queries", "documents"), ("text_1", "text_2")], ids=["documents", "text"]
-)
+@pytest.mark.parametrize("names", [("queries", "documents"), ("text_1", "text_2")], ids=["documents", "text"])
 def test_score(client, offline, names):
     one, several = PROMPT, [PAIR["chosen"], PAIR["rejected"]]
     for queries, documents in ((one, several), ([one], several), ([one, one], several)):
@@ -175,7 +173,9 @@ def test_what_is_wrong_is_said_with_its_field(client, path, body, field, message
     assert error.get("field") == field
 
 
-@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe", b"[" * 100_000, b'{"query": ' + b"1" * 5000 + b"}"])
+@pytest.mark.parametrize(
+    "content", [b"{", b"", b"\xff\xfe", b"[" * 100_000, b'{"query": ' + b"1" * 5000 + b"}"]
+)
 def test_a_body_that_is_no_json_is_refused(client, content):
     answer = client.post("/get_reward", content=content, headers={"Content-Type": "application/json"})
     assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_json")
@@ -256,11 +256,33 @@ def test_an_engine_that_fails_on_one_row_fails_it_alone(scorer, monkeypatch):
         ]
         assert data[1]["error"]["type"] == "engine_error"
         assert "out of luck" not in data[1]["error"]["message"]
-        assert client.get("/health").json()["status"] == "ok"
         assert post(client, "/get_reward", {"query": [RENDERED]}, 500)["error"]["type"] == "engine_error"
+        assert client.get("/health").json()["status"] == "ok"  # other rows are scored
+        monkeypatch.setattr(scorer.engine, "score", lambda rows: 1 / 0)
+        assert post(client, "/get_reward", {"query": [RENDERED]}, 500)
+        assert client.get("/health").json()["status"] == "failing"
         assert client.get("/health").status_code == 503
-        assert post(client, "/score", {"queries": "tell me", "documents": "the ball ."})["data"]
+        monkeypatch.setattr(scorer.engine, "score", original)
+        assert post(client, "/get_reward", {"query": [RENDERED]})
         assert client.get("/health").status_code == 200
+
+
+def test_many_candidates_of_a_prompt_are_one_row(client, scorer):
+    texts = [" ".join(["the ball ."] * (1 + i % 7)) for i in range(100)]
+    bad = {"id": "bad", "prompt": PROMPT, "responses": [*texts[:99], "ball " * 400]}
+    rows = [ROW, {"prompt": PROMPT, "responses": texts}, bad, ROW]
+    first, many, refused, last = post(client, "/v1/rewards", {"rows": rows})["data"]
+    expected = next(scorer.score([rows[1]]))
+    assert [item["reward"] for item in many["candidates"]] == near([s.reward for s in expected.scores])
+    assert first["reward"] == last["reward"] == near(next(scorer.score([ROW])).scores[0].reward)
+    assert (refused["id"], refused["error"]["field"]) == ("bad", "response")
+
+
+def test_an_error_quotes_no_megabytes(client):
+    row = {"messages": [{"role": "r" * 2_000_000, "content": "x"}]}
+    answer = client.post("/v1/rewards", json={"rows": [row]})
+    assert "unknown role" in answer.text
+    assert len(answer.content) < 2000
 
 
 def test_a_row_that_breaks_the_tokenizer_is_refused_alone(scorer, monkeypatch):

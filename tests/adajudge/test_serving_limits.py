@@ -59,7 +59,9 @@ def test_names_of_the_loopback_are_hosts(host):
     assert Settings().accepts_host(host)
 
 
-@pytest.mark.parametrize("host", ["", "evil.com", "evil.com:127", "[::2]:80", "localhost.evil.com", "127.evil.com"])
+@pytest.mark.parametrize(
+    "host", ["", "evil.com", "evil.com:127", "[::2]:80", "localhost.evil.com", "127.evil.com"]
+)
 def test_a_page_cannot_reach_the_loopback_under_its_own_name(scorer, host):
     assert not Settings().accepts_host(host)
     assert Settings(check_host=False).accepts_host(host)
@@ -98,7 +100,7 @@ def test_a_response_counts_as_a_row(scorer):
         assert client.post("/v1/rewards", json={"rows": [three]}).status_code == 200
         answer = client.post("/v1/rewards", json={"rows": [three, {"prompt": PROMPT, "response": RESPONSE}]})
         assert kind_of(answer) == (413, "too_many_rows")
-        assert "4 responses came, expected at most 3" in answer.json()["error"]["message"]
+        assert "more than 3 responses came" in answer.json()["error"]["message"]
 
 
 def test_a_full_queue_is_429_with_the_time_to_come_back(scorer, slow):
@@ -112,6 +114,19 @@ def test_a_full_queue_is_429_with_the_time_to_come_back(scorer, slow):
         slow.may_go_on.set()
         assert [future.result().status_code for future in accepted] == [200, 200]
         assert client.post("/get_reward", json=BODY).status_code == 200
+
+
+def test_bodies_that_are_held_are_bounded_in_bytes(scorer, slow):
+    with running(slow, max_body_mb=0.01) as client, ThreadPoolExecutor(8) as threads:
+        body = BODY | {"labels": ["x" * 10_000]}
+        accepted = [threads.submit(client.post, "/get_reward", json=body) for _ in range(8)]
+        wait_until(lambda: client.service._accepted == 8)
+        answer = client.post("/get_reward", json=body)
+        assert kind_of(answer) == (429, "overloaded")
+        assert "too many bytes" in answer.json()["error"]["message"]
+        slow.may_go_on.set()
+        assert {future.result().status_code for future in accepted} == {200}
+        assert client.service._held == 0
 
 
 def test_a_request_that_takes_too_long_is_504_and_its_rows_are_dropped(scorer, slow):

@@ -4,16 +4,24 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from adajudge import Scorer
 from adajudge.cli import main
+from adajudge.serving import Settings, serve
 
-from tests.adajudge.servers import RENDERED, Process, wait_until
+from tests.adajudge.servers import RENDERED, Process, Slowly, wait_until
 
 BODY = {"query": [RENDERED] * 64}
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    return Scorer.from_pretrained()
 
 
 @pytest.fixture
@@ -58,6 +66,31 @@ def test_a_signal_ends_it_when_all_that_was_accepted_is_answered(process):
     assert seen.count(200) >= 20
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{process.url}/health")
+
+
+def test_a_second_interrupt_ends_it_at_once(scorer, capfd):
+    slow, ended = Slowly(scorer), []
+
+    def interrupt(url):
+        def go():
+            with ThreadPoolExecutor() as threads:
+                request = threads.submit(httpx.post, f"{url}/get_reward", json=BODY, timeout=20)
+                wait_until(lambda: slow.batches)
+                for _ in range(2):
+                    signal.raise_signal(signal.SIGINT)
+                    time.sleep(0.3)
+                slow.may_go_on.set()  # only the thread that scores cannot be interrupted
+                ended.append(request.result().json()["error"]["type"])
+
+        threading.Thread(target=go).start()
+
+    before = signal.getsignal(signal.SIGINT)
+    assert serve(slow, Settings(), "127.0.0.1", 0, interrupt) is False
+    wait_until(lambda: ended)
+    assert ended == ["shutting_down"]
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "Traceback" not in capfd.readouterr().err
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("adajudge")]
 
 
 def refused(capsys, *options):

@@ -9,5 +9,6 @@ def test_thirty_two_clients_with_bad_rows_and_broken_connections(capsys):
         print(f"\nsoak: {report}")
     assert not problems(report)
     assert report.disconnected > 0
-    assert {"200", "422"} <= set(report.answers)
+    assert report.answers["200"] > 100
+    assert {"400", "404", "422"} & set(report.answers)
     assert report.latency(99) < 10_000

@@ -1,7 +1,7 @@
 """Serve a judge over HTTP to the reward clients of OpenRLHF, verl, vLLM and OpenAI.
 
-Runs until SIGTERM or SIGINT, then answers what it has accepted and exits with 0. 2: the judge, the address or an option
-cannot be used.
+Runs until SIGTERM or SIGINT, then answers what it has accepted and exits with 0; with 1 where a second SIGINT came before
+that. 2: the judge, the address or an option cannot be used.
 """
 
 from __future__ import annotations
@@ -77,11 +77,13 @@ def run(args: argparse.Namespace) -> int:
                 f"set {_KEY} (or --api_key), or say --insecure"
             )
         scorer = _load(args)
-        serve(scorer, settings, args.host, args.port, lambda url: _announce(url, settings.model_name, scorer))
+        drained = serve(
+            scorer, settings, args.host, args.port, lambda url: _announce(url, settings.model_name, scorer)
+        )
     except (OSError, OverflowError, ValueError) as error:
         print(f"adajudge serve: {error}", file=sys.stderr)
         return 2
-    return 0
+    return 0 if drained else 1
 
 
 def _name_of(model: str | None) -> str:

@@ -82,6 +82,7 @@ def create_app(scorer: Scorer, settings: Settings) -> Gate:
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
         kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+        service.metrics.refused.labels(kind).inc()
         message = f"{request.method} {request.url.path}: {error.detail}"
         return ServingError(error.status_code, kind, message, headers=error.headers).response()
 

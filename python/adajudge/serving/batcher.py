@@ -71,7 +71,8 @@ class Batcher:
         self.rows_waiting = 0
         self.tokens_waiting = 0
         self.rows_per_second = 0.0
-        self.failing = False  # the engine failed on every sequence of its latest batch
+        self.failing = False  # the engine fails on sequences that it has scored before
+        self._sound: EncodedRow | None = None  # the latest that was scored
 
     def start(self) -> None:
         """Start the thread."""
@@ -126,12 +127,15 @@ class Batcher:
             rows = [part.rows[i] for part, i in batch]
             results = self._score(rows)
             seconds = time.perf_counter() - started
-            self.failing = all(isinstance(result, EngineError) for result in results)
             rate = len(batch) / max(seconds, 1e-6)
             self.rows_per_second += (rate - self.rows_per_second) * (_RECENT if self.rows_per_second else 1)
             self._metrics.busy.inc(seconds)
             self._metrics.batch_rows.observe(len(batch))
             scored = [row for row, result in zip(rows, results, strict=True) if isinstance(result, Score)]
+            if scored:
+                self._sound, self.failing = scored[-1], False
+            elif any(isinstance(result, EngineError) for result in results):
+                self.failing = self._sound is None or not isinstance(self._score([self._sound])[0], Score)
             self._metrics.rows.inc(len(scored))
             self._metrics.tokens.inc(sum(len(row) for row in scored))
             for (part, i), result in zip(batch, results, strict=True):

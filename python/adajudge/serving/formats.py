@@ -10,7 +10,7 @@ import base64
 import struct
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from adajudge.data import Row, RowError, parse_row
 from adajudge.scoring.results import Score, ScoredRow
+
+_MESSAGE = 1000  # characters; a reason may quote what came, which may be megabytes
+
+
+def shortened(text: str) -> str:
+    """The text, or its beginning."""
+    return text if len(text) <= _MESSAGE else text[:_MESSAGE] + ".."
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +53,12 @@ class Fault:
 
     def record(self, row: int) -> dict[str, Any]:
         """As it stands in an answer."""
-        return {"type": self.kind, "message": self.reason, "row": row, "field": self.field}
+        return {
+            "type": self.kind,
+            "message": shortened(self.reason),
+            "row": row,
+            "field": shortened(self.field),
+        }
 
 
 Item = Row | Rendered | Fault
@@ -137,7 +149,9 @@ class ScorePairs(_Request):
 
     @model_validator(mode="after")
     def _two_lists_that_fit(self) -> ScorePairs:
-        given = {name for name in ("queries", "documents", "text_1", "text_2") if getattr(self, name) is not None}
+        given = {
+            name for name in ("queries", "documents", "text_1", "text_2") if getattr(self, name) is not None
+        }
         if given not in ({"queries", "documents"}, {"text_1", "text_2"}):
             raise ValueError("expected either queries and documents, or text_1 and text_2")
         prompts, responses = self.pairs()
@@ -181,14 +195,14 @@ class WireFormat:
     Args:
         path: of the endpoint.
         request: the fields it reads.
-        items: what is to be scored, in order; a `Fault` where that cannot be told.
+        items: what is to be scored, one after another; a `Fault` where that cannot be told.
         answer: the answer's body from the request, the outcomes and the judge's name.
         carries_errors: whether an answer has a place for the error of a row; else any bad row refuses the request.
     """
 
     path: str
     request: type[BaseModel]
-    items: Callable[[Any], list[Item]]
+    items: Callable[[Any], Iterator[Item]]
     answer: Callable[[Any, list[Item], Sequence[Outcome], str], dict[str, Any]]
     carries_errors: bool = False
 
@@ -219,32 +233,34 @@ def fault_of(error: RowError) -> Fault:
     return Fault(error.field, error.reason, error.id)
 
 
-def _items_of_get_reward(request: GetReward) -> list[Item]:
-    return [_rendered(text, f"query[{i}]", add_bos=False) for i, text in enumerate(request.query)]
+def _items_of_get_reward(request: GetReward) -> Iterator[Item]:
+    return (_rendered(text, f"query[{i}]", add_bos=False) for i, text in enumerate(request.query))
 
 
-def _items_of_text(request: _TextOrMessages) -> list[Item]:
+def _items_of_text(request: _TextOrMessages) -> Iterator[Item]:
     if request.messages is not None:
-        return [_row({"messages": request.messages}, 0)]
-    if isinstance(request.input, str):
-        return [_rendered(request.input, "input", request.add_special_tokens)]
-    texts = request.input or []
-    return [_rendered(text, f"input[{i}]", request.add_special_tokens) for i, text in enumerate(texts)]
+        yield _row({"messages": request.messages}, 0)
+    elif isinstance(request.input, str):
+        yield _rendered(request.input, "input", request.add_special_tokens)
+    else:
+        for i, text in enumerate(request.input or []):
+            yield _rendered(text, f"input[{i}]", request.add_special_tokens)
 
 
-def _items_of_score(request: ScorePairs) -> list[Item]:
+def _items_of_score(request: ScorePairs) -> Iterator[Item]:
     prompts, responses = request.pairs()
-    items: list[Item] = []
     for i, response in enumerate(responses):
-        prompt = prompts[i if len(prompts) > 1 else 0]
-        for name, value in (("queries", prompt), ("documents", response)):
-            if not isinstance(value, str):
-                reason = f"expected a string, got {type(value).__name__}"
-                items.append(Fault(f"{name}[{i if len(prompts) > 1 or name == 'documents' else 0}]", reason))
-                break
+        place = i if len(prompts) > 1 else 0
+        named = ((f"queries[{place}]", prompts[place]), (f"documents[{i}]", response))
+        wrong = next(((name, value) for name, value in named if not isinstance(value, str)), None)
+        if wrong is None:
+            yield _row({"prompt": prompts[place], "response": response}, i)
         else:
-            items.append(_row({"prompt": prompt, "response": response}, i))
-    return items
+            yield Fault(wrong[0], f"expected a string, got {type(wrong[1]).__name__}")
+
+
+def _items_of_rewards(request: Rewards) -> Iterator[Item]:
+    return (_row(record, i) for i, record in enumerate(request.rows))
 
 
 def _rewards(outcomes: Sequence[Outcome]) -> list[float]:
@@ -328,7 +344,7 @@ FORMATS = (
     WireFormat(
         "/v1/rewards",
         Rewards,
-        lambda request: [_row(record, i) for i, record in enumerate(request.rows)],
+        _items_of_rewards,
         _answer_rewards,
         carries_errors=True,
     ),

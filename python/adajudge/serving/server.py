@@ -29,6 +29,7 @@ class _Server(uvicorn.Server):
         self._gate = gate
         self._patience = patience
         self._announce = announce
+        self.drained = False
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -51,10 +52,13 @@ class _Server(uvicorn.Server):
         deadline = time.monotonic() + self._patience
         while self._gate.in_flight and not self.force_exit and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
+        self.drained = not self._gate.in_flight
+        self._gate.service.abandon()
+        self.force_exit = False  # what is left is quick
         await super().shutdown(sockets)
 
 
-def serve(scorer: Scorer, settings: Settings, host: str, port: int, announce: Callable[[str], None]) -> None:
+def serve(scorer: Scorer, settings: Settings, host: str, port: int, announce: Callable[[str], None]) -> bool:
     """Serve until SIGTERM or SIGINT.
 
     Args:
@@ -63,6 +67,9 @@ def serve(scorer: Scorer, settings: Settings, host: str, port: int, announce: Ca
         host: address to bind.
         port: 0 chooses a free one.
         announce: called with the server's URL once it can be reached.
+
+    Returns:
+        Whether every accepted request was answered.
 
     Raises:
         OSError: the address cannot be bound.
@@ -82,10 +89,9 @@ def serve(scorer: Scorer, settings: Settings, host: str, port: int, announce: Ca
             timeout_keep_alive=_KEEP_ALIVE,
             timeout_graceful_shutdown=5,  # what is left then are idle connections
         )
-        try:
-            _Server(config, gate, settings.timeout + 5, lambda: announce(url)).run(sockets=[listener])
-        finally:
-            gate.service.close()  # where it was ended at once
+        server = _Server(config, gate, settings.timeout + 5, lambda: announce(url))
+        server.run(sockets=[listener])
+        return server.drained
 
 
 def _allow_many_connections() -> None:

@@ -7,9 +7,10 @@ import json
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -20,19 +21,19 @@ from adajudge.data import EncodedRow, EncodingError, Row
 from adajudge.scoring import Score, Scorer, ScoringError
 from adajudge.serving.batcher import Batcher, EngineError
 from adajudge.serving.errors import JSONAnswer, ServingError
-from adajudge.serving.formats import Fault, Item, Outcome, WireFormat, fault_of
+from adajudge.serving.formats import Fault, Item, Outcome, WireFormat, fault_of, shortened
 from adajudge.serving.metrics import Metrics
 from adajudge.serving.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 _THREADS = 4  # that encode
-_CHUNK = 32  # rows that a thread encodes in one go
+_CHUNK = 32  # responses that a thread encodes in one go
 _AHEAD = 32  # budgets of tokens that are encoded and wait; beyond, encoding waits
 _BODIES = 8  # bodies of the largest size that may be held at once
 _LISTED = 100  # bad rows that an error lists
 _DRAIN_SECONDS = (
-    2.0  # how long the rest of a body that is too large is read, so that its client reads our answer
+    2.0  # the rest of a body that is too large is read as long, so that its client reads our answer
 )
 
 
@@ -56,6 +57,12 @@ class Service:
         self._encoding = asyncio.Semaphore(_THREADS)
         self._accepted = 0  # rows
         self._held = 0  # bytes of bodies
+        self._working: set[asyncio.Future[Response]] = set()
+
+    def abandon(self) -> None:
+        """Refuse what was accepted and is not answered yet, with 503."""
+        for task in self._working:
+            task.cancel()
 
     def close(self) -> None:
         """End the threads; what still waits is dropped."""
@@ -101,13 +108,19 @@ class Service:
     async def _unless_disconnected(self, request: Request, work: Awaitable[Response]) -> Response:
         """The work's result; it is cancelled when the client goes away."""
         working = asyncio.ensure_future(work)
+        self._working.add(working)
         watching = asyncio.ensure_future(_disconnected(request))
         try:
             await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
             if not working.done():
                 raise ClientDisconnect
+            if working.cancelled():
+                raise ServingError(
+                    503, "shutting_down", "the server was told to end before this was answered"
+                )
             return working.result()
         finally:
+            self._working.discard(working)
             for task in (working, watching):
                 task.cancel()
                 with suppress(asyncio.CancelledError, Exception):
@@ -115,12 +128,9 @@ class Service:
 
     async def _score_body(self, body: bytes, wire: WireFormat) -> Response:
         loop = asyncio.get_running_loop()
-        request, items = await loop.run_in_executor(self._threads, _parse, body, wire)
-        rows = sum(len(item.responses) if isinstance(item, Row) else 1 for item in items)
-        if rows > self.settings.max_rows:
-            raise ServingError(
-                413, "too_many_rows", f"{rows} responses came, expected at most {self.settings.max_rows}"
-            )
+        limit = self.settings.max_rows
+        request, items = await loop.run_in_executor(self._threads, _parse, body, wire, limit)
+        rows = sum(map(_responses_of, items))
         if self._accepted + rows > self.settings.max_queue:
             raise self._busy(f"{self._accepted} responses are being scored")
         self._accept(rows)
@@ -148,26 +158,32 @@ class Service:
     async def _score(self, items: list[Item], stop_at_faults: bool) -> list[Outcome]:
         """One outcome per item. With `stop_at_faults` nothing more is scored once a row turns out to be bad."""
         owner = object()
+        faults: dict[int, Fault] = {}
+        places: list[int] = []  # of the items whose sequences were submitted
         parts: list[asyncio.Future[list[Score | ScoringError]]] = []
-        counts: list[int | Fault] = []
-        sound = True
         try:
-            for first in range(0, len(items), _CHUNK):
-                encoded = await self._encode(items[first : first + _CHUNK])
-                counts += [item if isinstance(item, Fault) else len(item) for item in encoded]
-                sound = sound and not any(isinstance(item, Fault) for item in encoded)
-                if stop_at_faults and not sound:
+            for piece in _pieces(items):
+                encoded = await self._encode([item for _, item in piece])
+                rows: list[EncodedRow] = []
+                for (place, _), sequences in zip(piece, encoded, strict=True):
+                    if isinstance(sequences, Fault):
+                        faults.setdefault(place, sequences)
+                    else:
+                        rows += sequences
+                        places += [place] * len(sequences)
+                if stop_at_faults and faults:
                     self.batcher.drop(owner)
-                    continue
-                rows = [row for item in encoded if not isinstance(item, Fault) for row in item]
-                parts.append(asyncio.wrap_future(self.batcher.submit(owner, rows)))
-            if stop_at_faults and not sound:
-                return [count if isinstance(count, Fault) else () for count in counts]
-            scores = iter([score for part in await asyncio.gather(*parts) for score in part])
+                else:
+                    parts.append(asyncio.wrap_future(self.batcher.submit(owner, rows)))
+            if stop_at_faults and faults:
+                return [faults.get(place, ()) for place in range(len(items))]
+            scores = [score for part in await asyncio.gather(*parts) for score in part]
         finally:
             self.batcher.drop(owner)
-        return [count if isinstance(count, Fault) else _outcome([next(scores) for _ in range(count)])
-                for count in counts]  # fmt: skip
+        found: list[list[Score | ScoringError]] = [[] for _ in items]
+        for place, score in zip(places, scores, strict=True):
+            found[place].append(score)
+        return [faults.get(place) or _outcome(found[place]) for place in range(len(items))]
 
     async def _encode(self, items: list[Item]) -> list[tuple[EncodedRow, ...] | Fault]:
         loop = asyncio.get_running_loop()
@@ -220,7 +236,11 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _parse(body: bytes, wire: WireFormat) -> tuple[Any, list[Item]]:
+def _responses_of(item: Item) -> int:
+    return len(item.responses) if isinstance(item, Row) else 1
+
+
+def _parse(body: bytes, wire: WireFormat, max_rows: int) -> tuple[Any, list[Item]]:
     try:
         content = json.loads(body)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
@@ -232,7 +252,35 @@ def _parse(body: bytes, wire: WireFormat) -> tuple[Any, list[Item]]:
         field = "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in first["loc"]).lstrip(".")
         message = first["msg"].removeprefix("Value error, ")
         raise ServingError(422, "invalid_request", message, field=field or None) from None
-    return request, wire.items(request)
+    items: list[Item] = []
+    rows = 0
+    for item in wire.items(request):
+        rows += _responses_of(item)
+        if rows > max_rows:  # before millions of them are made
+            raise ServingError(
+                413, "too_many_rows", f"more than {max_rows} responses came, the most of a request"
+            )
+        items.append(item)
+    return request, items
+
+
+def _pieces(items: list[Item]) -> Iterator[list[tuple[int, Item]]]:
+    """The items with their places, in pieces of at most `_CHUNK` responses; a row with more of them is divided."""
+    piece: list[tuple[int, Item]] = []
+    filled = 0
+    for place, item in enumerate(items):
+        parts: list[Item] = [item]
+        if isinstance(item, Row) and len(item.responses) > _CHUNK:
+            texts = item.responses
+            parts = [replace(item, responses=texts[i : i + _CHUNK]) for i in range(0, len(texts), _CHUNK)]
+        for part in parts:
+            if piece and filled + _responses_of(part) > _CHUNK:
+                yield piece
+                piece, filled = [], 0
+            piece.append((place, part))
+            filled += _responses_of(part)
+    if piece:
+        yield piece
 
 
 def _outcome(scores: list[Score | ScoringError]) -> Outcome:
@@ -249,8 +297,8 @@ def _refusal(faults: list[tuple[int, Fault]], items: int) -> ServingError:
         500 if failed else 422,
         "engine_error" if failed else first.kind,
         f"{len(faults)} of {items} rows cannot be scored, and this format has no place for their errors; "
-        f"row {row}: {first.reason}",
+        f"row {row}: {shortened(first.reason)}",
         row=row,
-        field=first.field,
+        field=shortened(first.field),
         rows=[fault.record(i) for i, fault in faults[:_LISTED]],
     )
