@@ -1,6 +1,7 @@
 """The queue in front of the engine: order, turns, limits, ends."""
 
 import threading
+import time
 
 import pytest
 from adajudge.data import EncodedRow
@@ -123,7 +124,10 @@ def test_a_failing_engine_fails_the_sequences_that_make_it_fail(batcher, engine)
 def test_sequences_wait_a_moment_for_others(engine):
     batcher = Batcher(engine, lambda: 30, 10.0, Metrics())
     batcher.start()
-    futures = [batcher.submit(i, [sequence(i)]) for i in range(3)]  # the third fills the batch
+    futures = []
+    for i in range(3):  # the third fills the batch
+        futures.append(batcher.submit(i, [sequence(i)]))
+        time.sleep(0.02)
     assert [rewards(future) for future in futures] == [[0.0], [1.0], [2.0]]
     assert engine.batches == [[0, 1, 2]]
     batcher.stop()

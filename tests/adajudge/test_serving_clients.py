@@ -99,7 +99,10 @@ def test_the_bos_token_is_never_put_twice_nor_where_it_is_not_wanted(judge):
         stripped = [text.removeprefix(tokenizer.bos_token) for text in texts]
         body = {"input": stripped, "add_special_tokens": False}
         answer = requests.post(f"{url}/pooling", json=body, timeout=30).json()
-        assert [item["data"][0] for item in answer["data"]] != pytest.approx(offline, abs=1e-4)
+        without = [item["data"][0] for item in answer["data"]]
+        assert without != pytest.approx(offline, abs=1e-4)
+        (result,) = openrlhf_rewards([f"{url}/get_reward"], stripped, [], [])
+        assert result["rewards"] == pytest.approx(without, abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import Awaitable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -32,9 +32,6 @@ _CHUNK = 32  # responses that a thread encodes in one go
 _AHEAD = 32  # budgets of tokens that are encoded and wait; beyond, encoding waits
 _BODIES = 8  # bodies of the largest size that may be held at once
 _LISTED = 100  # bad rows that an error lists
-_DRAIN_SECONDS = (
-    2.0  # the rest of a body that is too large is read as long, so that its client reads our answer
-)
 
 
 class Service:
@@ -85,14 +82,11 @@ class Service:
         held = 0
         try:
             body = bytearray()
-            stream = request.stream()
-            async for chunk in stream:
+            async for chunk in request.stream():
                 body += chunk
                 held += len(chunk)
                 self._held += len(chunk)
                 if len(body) > self.settings.max_body:
-                    body.clear()
-                    await _read_the_rest(stream)
                     raise ServingError(
                         413,
                         "body_too_large",
@@ -222,13 +216,6 @@ def _check_content_type(request: Request) -> None:
     if content_type != "application/json" and not content_type.endswith("+json"):
         raise ServingError(415, "unsupported_media_type", f"{content_type or 'no type'} came, "
                            "expected 'Content-Type: application/json'", headers={"Connection": "close"})  # fmt: skip
-
-
-async def _read_the_rest(stream: AsyncIterator[bytes]) -> None:
-    with suppress(TimeoutError, ClientDisconnect):
-        async with asyncio.timeout(_DRAIN_SECONDS):
-            async for _ in stream:
-                pass
 
 
 async def _disconnected(request: Request) -> None:
