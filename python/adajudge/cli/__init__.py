@@ -40,7 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package in ("", "adajudge", "adajudge_kernels"):
             raise
-        extra = "plot" if package == "matplotlib" else args.command if args.command in ("train", "serve") else "model"
+        extra = (
+            "plot"
+            if package == "matplotlib"
+            else args.command
+            if args.command in ("train", "serve")
+            else "model"
+        )
         print(
             f"adajudge {args.command}: needs the package {package}, which is not installed: "
             f"pip install 'adajudge-kernels[{extra}]'",

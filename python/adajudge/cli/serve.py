@@ -51,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("allow_unknown", action="store_true", help="score rows although the judge does not know their words")
     add("device", help="cpu, cuda, cuda:1 ..; default: CUDA where there is one")
     add("dtype", choices=("float32", "bfloat16", "float16"), help="of the weights")
+    add(
+        "compile_backbone",
+        action="store_true",
+        help="put the backbone under torch.compile; the first requests wait",
+    )
     add("attn_implementation", metavar="NAME", help="attention of the backbone; default: what serves it best")
 
 
@@ -103,7 +108,11 @@ def _load(args: argparse.Namespace) -> Scorer:
     from adajudge.scoring import Scorer
 
     transformers_logging.disable_progress_bar()
-    options: dict[str, Any] = {"token_budget": args.token_budget, "truncate_response": args.truncate_response}
+    options: dict[str, Any] = {
+        "token_budget": args.token_budget,
+        "truncate_response": args.truncate_response,
+        "compile_backbone": args.compile_backbone,
+    }
     if args.max_length is not None:
         options["max_length"] = args.max_length
     if args.allow_unknown:
