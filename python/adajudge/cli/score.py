@@ -15,7 +15,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from adajudge.cli import judge_options
+from adajudge.cli.judge_options import load_scorer
 
 if TYPE_CHECKING:
     from adajudge.cli.summary import Summary
@@ -38,26 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "on after an interruption. - is standard output: streamed, cannot go on")  # fmt: skip
     parser.add_argument("--fresh", action="store_true",
                         help="begin anew, although OUT.parts has parts of an interrupted run")  # fmt: skip
-    parser.add_argument("--model", metavar="DIR", help="folder of a saved judge; default: the built-in judge")
-    parser.add_argument(
-        "--max_length", "--max-length", type=int, help="tokens; default: the backbone's limit"
-    )
-    parser.add_argument("--token_budget", "--token-budget", type=int,
-                        help="tokens that are read at once; default: what suits the device")  # fmt: skip
     parser.add_argument("--window", type=int, default=512,
                         help="rows that are sorted and packed together, and make a part; default 512")  # fmt: skip
-    parser.add_argument("--attn_implementation", "--attn-implementation", metavar="NAME",
-                        help="adajudge, sdpa, eager, flash_attention_2 ..; default: adajudge where it serves the "
-                        "backbone")  # fmt: skip
-    parser.add_argument("--compile_backbone", "--compile-backbone", action="store_true",
-                        help="put the backbone under torch.compile; takes a minute or more at the start")  # fmt: skip
-    parser.add_argument("--truncate_response", "--truncate-response", action="store_true",
-                        help="cut a response that does not fit instead of refusing its row")  # fmt: skip
-    parser.add_argument("--allow_unknown", "--allow-unknown", action="store_true",
-                        help="score rows although the judge does not know their words")  # fmt: skip
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ..; default: CUDA where there is one, under torchrun "
-                        "that of LOCAL_RANK")  # fmt: skip
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights")
+    judge_options.add_arguments(parser)
     parser.add_argument("--table", action=argparse.BooleanOptionalAction, default=None,
                         help=f"print the first {_TABLE_ROWS} rows as a table; default: on a terminal")  # fmt: skip
     parser.add_argument("--plot", metavar="FILE.png", help="histogram of the rewards, and of the margins of pairs; "
@@ -149,44 +135,14 @@ def _device(args: argparse.Namespace, ranks: Ranks) -> str | None:
             )
         device = f"cuda:{ranks.local_rank}"
         torch.cuda.set_device(ranks.local_rank)
-    if device is not None:
-        try:
-            torch.empty(0, device=device).tolist()
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"--device {device} cannot be used: {reason}") from None
     return device
 
 
 def _load(args: argparse.Namespace, ranks: Ranks) -> Scorer:
-    import torch
-    from transformers.utils import logging as transformers_logging
-
-    from adajudge.scoring import Scorer
-
-    transformers_logging.disable_progress_bar()
-    options: dict[str, Any] = {
-        "token_budget": args.token_budget,
-        "window": args.window,
-        "truncate_response": args.truncate_response,
-        "attn_implementation": args.attn_implementation,
-        "compile_backbone": args.compile_backbone,
-    }
-    if args.max_length is not None:
-        options["max_length"] = args.max_length
-    if args.allow_unknown:
-        options["unknown_limit"] = 1.0
     if args.model is None and ranks.first:
         print("judge: the built-in one, which knows only its own small world (see its card); "
               "--model DIR names another", file=sys.stderr)  # fmt: skip
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    device = _device(args, ranks)
-    try:
-        return Scorer.from_pretrained(args.model, device=device, dtype=dtype, **options)
-    except (TypeError, AttributeError, KeyError) as error:  # of a config.json that is something else
-        raise ValueError(
-            f"{args.model}: cannot be loaded as a judge: {type(error).__name__}: {error}"
-        ) from error
+    return load_scorer(args, _device(args, ranks), window=args.window)
 
 
 def _score(args: argparse.Namespace, reader: RowReader, scorer: Scorer, ranks: Ranks) -> int:
