@@ -43,7 +43,7 @@ test: lint
 	$(PYTEST)
 	$(BIN)/python -m benchmarks.check --short
 	TRITON_INTERPRET=1 $(PYTEST) -k triton-cpu \
-		tests/kernels tests/adajudge/test_judge_on_triton.py
+		tests/adajudge/test_judge_on_triton.py tests/kernels
 	$(BIN)/python tests/cuda/emulated_module.py
 	ADAJUDGE_TEST_MODULE=$(EMULATED) $(PYTEST) tests/kernels \
 		-k 'cuda-cpu and not sequence_attention and not rms_norm and not swiglu' --ignore-glob='*/test_attention*'
