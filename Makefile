@@ -52,7 +52,7 @@ test: lint
 
 # Ray is a third of a gigabyte: only who wants it installs it.
 test-ray: $(BUILT)
-	$(PIP) 'ray[data]>=2.50'
+	$(PIP) 'ray[data]>=2.60'
 	$(BIN)/python -m pytest -n 0 tests/adajudge/test_scoring_ray.py
 
 # The C++ test of the kernels with every check, on every instruction set of this processor and with every schedule of CUDA's
