@@ -5,6 +5,7 @@ PYTHON     ?= python3
 GPU_PYTHON ?= python3
 VENV       ?= .venv
 BIN        := $(VENV)/bin
+PIP        := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints/cpu.txt
 INSTALLED  := $(VENV)/.installed
 BUILT      := $(VENV)/.built
 SOURCES    := $(wildcard csrc/*.* csrc/*/*.*)
@@ -15,16 +16,17 @@ GPU_ARCH   ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader |
 GPU_NAME   ?= $(shell nvidia-smi --query-gpu=name --format=csv,noheader | head -1 | tr 'A-Z ' 'a-z-')
 TODAY      := $(shell date +%F)
 
-.PHONY: setup demo test test-sanitizers test-arm lint build-gpu test-gpu bench bench-gpu bench-check judge clean
+.PHONY: setup demo test test-ray test-sanitizers test-arm lint build-gpu test-gpu bench bench-gpu bench-check judge clean
 
 setup: $(BUILT)
 
-# The build's own needs first, and no isolation: both steps then use the same pybind11, and the second finds the
-# objects of the first.
+# The build's own needs first, and no isolation: both builds then use the same pybind11, and the second finds the
+# objects of the first, which are compiled while torch is fetched. What nobody imports is not compiled to bytecode.
 $(INSTALLED): pyproject.toml setup.py native_build.py constraints/cpu.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints/cpu.txt torch 'setuptools>=77' pybind11 ninja
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints/cpu.txt --no-build-isolation -e '.[dev]'
+	$(PIP) 'setuptools>=77' pybind11 ninja
+	$(BIN)/python setup.py --quiet build_ext --inplace & $(PIP) torch && wait $$!
+	$(PIP) --no-build-isolation -e '.[dev]'
 	@touch $@
 
 # What changed in csrc/ is compiled again.
@@ -43,10 +45,15 @@ test: lint
 	$(PYTEST)
 	$(BIN)/python -m benchmarks.check --short
 	TRITON_INTERPRET=1 $(PYTEST) -k triton-cpu \
-		tests/kernels tests/adajudge/test_judge_on_triton.py
+		tests/adajudge/test_judge_on_triton.py tests/kernels
 	$(BIN)/python tests/cuda/emulated_module.py
 	ADAJUDGE_TEST_MODULE=$(EMULATED) $(PYTEST) tests/kernels \
 		-k 'cuda-cpu and not sequence_attention and not rms_norm and not swiglu' --ignore-glob='*/test_attention*'
+
+# Ray is a third of a gigabyte: only who wants it installs it.
+test-ray: $(BUILT)
+	$(PIP) 'ray[data]>=2.60'
+	$(BIN)/python -m pytest -n 0 tests/adajudge/test_scoring_ray.py
 
 # The C++ test of the kernels with every check, on every instruction set of this processor and with every schedule of CUDA's
 # emulated threads.

@@ -21,6 +21,11 @@ if os.environ.get("ADAJUDGE_TEST_MODULE"):
     sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules[_spec.name])
 
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    from tests import interpreter
+
+    interpreter.quicken()
+
 # Test workers run side by side and their tensors are small: waiting for threads would be most of the time. What
 # must not depend on the number of threads is tested with several (test_contract.py).
 torch.set_num_threads(1)

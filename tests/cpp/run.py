@@ -41,10 +41,10 @@ def build(folder: Path, sanitizers: str, places: list[str]) -> Path:
 
 
 def run(
-    program: Path, places: list[str], features: list[str] | None = None, under: str = "", show: bool = False
+    program: Path, chosen: list[str], features: list[str] | None = None, under: str = "", show: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """The program's end: exit code 0 where every case agrees."""
-    command = [*shlex.split(under), str(program), *(features or []), *places]
+    """The program's end: exit code 0 where every case agrees. `chosen`: places, dtypes and cases."""
+    command = [*shlex.split(under), str(program), *(features or []), *chosen]
     return subprocess.run(command, capture_output=not show, text=True, check=False)
 
 

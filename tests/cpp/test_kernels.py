@@ -24,16 +24,21 @@ def program():
 
 
 def test_cpu_kernels_agree_with_doubles_and_stay_within_their_buffers(program):
-    """On one instruction set."""
-    result = run(program, ["plain"])
-    assert result.returncode == 0, result.stdout + result.stderr
+    """On one instruction set; the widest rows, which take longest, in two dtypes."""
+    for widths, dtypes in ((["1", "7", "16", "33"], []), (["600"], ["float32", "bfloat16"])):
+        result = run(program, ["plain", *dtypes], widths)
+        assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize(
-    ("place", "features"),
-    [("cuda80-forward", ["264"]), ("cuda90-backward", ["16", "264"]), ("cuda80-random", ["33", "2049"])],
+    ("place", "widths", "dtypes"),
+    [
+        ("cuda80-forward", ["264"], ["float32", "bfloat16"]),
+        ("cuda90-backward", ["16", "264"], ["float32", "float16"]),
+        ("cuda80-random", ["33", "2049"], ["float64"]),
+    ],
 )
-def test_cuda_kernels_agree_with_doubles_and_stay_within_their_buffers(program, place, features):
-    """Emulated: one warp, several, rows by the copy engine, and rows that no block holds whole."""
-    result = run(program, [place], features)
+def test_cuda_kernels_agree_with_doubles_and_stay_within_their_buffers(program, place, widths, dtypes):
+    """Emulated: one warp, several, rows by the copy engine, and rows that no block holds whole; every dtype once."""
+    result = run(program, [place, *dtypes], widths)
     assert result.returncode == 0, result.stdout + result.stderr

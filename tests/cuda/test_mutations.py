@@ -1,5 +1,6 @@
 """The emulator would notice: each test breaks a copy of the CUDA sources and sees the C++ test fail."""
 
+import re
 import shutil
 import subprocess
 from typing import NamedTuple
@@ -11,7 +12,20 @@ from tests.cpp import test_kernels
 from tests.cpp.run import ROOT, run
 from tests.cuda.emulated_module import EMULATED_OPTIONS
 
-SCHEDULES = ("forward", "backward", "random")
+PLACES = [
+    f"{device}-{schedule}"
+    for device in ("cuda90", "cuda80")
+    for schedule in ("forward", "backward", "random")
+]
+# What is run: one dtype is enough to show a broken kernel, and of the cases those of the broken source.
+DTYPE = "float32"
+CASES = {
+    "pooling": ["means", "depth_weights", "views", "attention_pool"],
+    "pooling_backward": ["spread_means", "views_backward", "attention_pool_backward"],
+    "experts": ["experts"],
+    "experts_backward": ["experts_backward"],
+    "loss": ["loss"],
+}
 
 
 class Mutation(NamedTuple):
@@ -146,25 +160,39 @@ def objects():
     return sorted(test_kernels.FOLDER.rglob("*.o"))
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_a_broken_kernel_is_noticed(name, objects, tmp_path):
-    mutation = MUTATIONS[name]
-    sources = shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+def build(mutation, objects, folder):
+    """The test program with a mutation; its source serves one dtype."""
+    sources = shutil.copytree(ROOT / "csrc", folder / "csrc")
     original = (sources / mutation.file).read_text()
     assert original.count(mutation.text) == 1, f"{mutation.file} does not hold this once: {mutation.text!r}"
     (sources / mutation.file).write_text(original.replace(mutation.text, mutation.instead))
+    dispatch = (sources / "launch.cuh").read_text()
+    (sources / "launch.cuh").write_text(re.sub(r"body\((double|bf16|fp16)\{\}\)", "body(float{})", dispatch))
     compiler = native_build.find_compiler()
     sanitizer = ["-fsanitize=address"] if mutation.beyond else []  # twice the time
     flags = ["-std=c++20", "-O0", *sanitizer, *EMULATED_OPTIONS, f"-I{sources}"]
-    mutant = tmp_path / "mutant.o"
+    mutant = folder / "mutant.o"
     source = sources / f"{mutation.source}.cu"
     subprocess.run([*compiler, *flags, "-c", source, "-o", mutant], check=True)
     others = [x for x in objects if x.name != f"{source.name}.o"]
     assert len(others) == len(objects) - 1
-    program = tmp_path / "mutant"
     options = ["-fsanitize=address", "-fopenmp", "-no-pie", "-Wl,--unresolved-symbols=ignore-all"]
-    subprocess.run([*compiler, *options, mutant, *others, "-o", program], check=True)
-    places = (f"{device}-{schedule}" for device in ("cuda90", "cuda80") for schedule in SCHEDULES)
-    assert any(run(program, ["--stop", place], [mutation.width]).returncode for place in places), (
-        "it went unnoticed"
-    )
+    subprocess.run([*compiler, *options, mutant, *others, "-o", folder / "mutant"], check=True)
+    return folder / "mutant"
+
+
+def is_noticed(mutation, program):
+    """By any schedule."""
+    chosen = ["--stop", DTYPE, *CASES[mutation.source]]
+    return any(run(program, [*chosen, place], [mutation.width]).returncode for place in PLACES)
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_broken_kernel_is_noticed(name, objects, tmp_path):
+    assert is_noticed(MUTATIONS[name], build(MUTATIONS[name], objects, tmp_path)), "it went unnoticed"
+
+
+@pytest.mark.parametrize("source", CASES)
+def test_built_so_an_unbroken_kernel_passes(source, objects, tmp_path):
+    mutation = Mutation(f"{source}.cu", "namespace adajudge::cuda {", "namespace adajudge::cuda {", source)
+    assert not is_noticed(mutation, build(mutation, objects, tmp_path))
