@@ -43,31 +43,37 @@ def checkout(tmp_path):
 @pytest.mark.parametrize("commands", COMMANDS, ids=range(len(COMMANDS)))
 def test_a_blocks_commands_run_in_their_order(commands, checkout):
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    servers = []
     for command in commands:
-        program, *arguments = shlex.split(command, comments=True)
+        program, *arguments = shlex.split(command.removesuffix(" &"), comments=True)
         expected = 0
         if program == "make":  # the targets themselves are what a reader runs
             called = ["make", "-n", *arguments]
         elif program == "pip":
-            called = [
-                sys.executable,
-                "-m",
-                "pip",
-                *arguments,
-                "--dry-run",
-                "--no-deps",
-                "--no-build-isolation",
-            ]
+            options = ["--dry-run", "--no-deps", "--no-build-isolation"]
+            called = [sys.executable, "-m", "pip", *arguments, *options]
         elif program == "adajudge":
             called = [sys.executable, "-m", "adajudge.cli", *arguments]
             expected = 1 if arguments[:2] == ["score", "examples/pairs.jsonl"] else 0
+        elif program == "curl":
+            called = ["curl", "--fail-with-body", *arguments]
         else:
             assert program == "python"
             called = [sys.executable, *arguments]
+        if command.endswith("&"):
+            servers.append(
+                subprocess.Popen(called, cwd=checkout, stdout=subprocess.PIPE, text=True, env=variables)
+            )
+            assert servers[-1].stdout.readline().startswith("listening on")
+            continue
         result = subprocess.run(
             called, cwd=checkout, capture_output=True, text=True, env=variables, check=False
         )
         assert result.returncode == expected, f"{command}: {result.stderr}"
+    for server in servers:
+        server.terminate()
+        assert server.wait(60) == 0
+        server.stdout.close()
 
 
 def test_the_measured_table_is_what_the_report_prints():
