@@ -21,7 +21,7 @@ from benchmarks.case import OURS, PLACES, Case
 from benchmarks.memory import peak_bytes
 
 SECONDS = 1.0  # of rounds, that a side gets at most
-ROUNDS = range(4, 19)  # so many at least, and at most
+ROUNDS = range(3, 19)  # so many at least, and at most
 LEAST_BYTES = 32 << 20  # of leaves, to measure memory's bandwidth on them; smaller ones lie in caches
 CACHE_BYTES = 128 << 20  # more than a GPU's caches hold: what rounds go through there
 MOST_PLACES = 16

@@ -20,6 +20,7 @@ PRELOADED = [
     "benchmarks.batches",
     "benchmarks.eager",
     "benchmarks.backbones",
+    "adajudge.scoring",
     "transformers.models.qwen3.modeling_qwen3",
 ]
 

@@ -26,7 +26,8 @@ class Sizes:
     backbones: tuple[str, ...]  # of `backbones.CONFIGURATIONS`, that score
     trained: tuple[str, ...]  # that train: twice with their gradients, and once more in a wider dtype
     prompts: int  # scored, six responses each
-    length_scale: float  # of their lengths
+    padded_rows: int  # of a padded batch: 8 as TRL's default, 64 as RewardBench 2's
+    trained_scale: float  # of the lengths of training's pairs, one of each of so many prompts
 
 
 CPU = Sizes(
@@ -42,8 +43,9 @@ CPU = Sizes(
     head_tokens=(256, 512, 1024),
     backbones=("tiny",),
     trained=("tiny",),
-    prompts=8,
-    length_scale=0.25,
+    prompts=4,
+    padded_rows=8,
+    trained_scale=0.25,
 )
 GPU = Sizes(
     dtypes=(BF16,),
@@ -59,7 +61,8 @@ GPU = Sizes(
     backbones=("Qwen3-0.6B", "Qwen3-4B", "Qwen3-8B", "Phi-3.5-mini"),
     trained=("Qwen3-0.6B", "Qwen3-4B"),
     prompts=64,
-    length_scale=1.0,
+    padded_rows=64,
+    trained_scale=1.0,
 )
 
 

@@ -1,7 +1,7 @@
 """A whole judge: scoring six responses to each prompt, and a training step on pairs, with backbones of known sizes.
 
 The loops that people write read padded batches with torch's attention and the head in plain PyTorch: in the order in which
-rows arrive, eight at a time, as TRL and RewardBench do, or sorted by length. Ours computes each prompt once. "backbone alone"
+rows arrive, as TRL and RewardBench do, or sorted by length. Ours computes each prompt once. "backbone alone"
 is the floor: what ours would take if its head cost nothing.
 """
 
@@ -22,8 +22,6 @@ from benchmarks.batches import Batch
 from benchmarks.case import FLOOR, OURS, Case, Side
 from benchmarks.eager import eager_head
 
-ROWS = 8  # of a padded batch
-
 
 def eager_rewards(model, ids, response):
     """Rewards ``[B]`` of a right-padded batch; ids -1 at padding."""
@@ -32,12 +30,12 @@ def eager_rewards(model, ids, response):
     return eager_head(model.head, states.last_hidden_state, real, response)
 
 
-def padded_loop(model, batch, ids, order):
-    """Rewards by batches of `ROWS` sequences, taken in an order; each padded to its longest."""
+def padded_loop(model, batch, ids, order, size):
+    """Rewards by batches of so many sequences, taken in an order; each padded to its longest."""
     padded = torch.where(batch.attention, ids[batch.index.clamp(min=0)], -1)
     lengths_of = batch.attention.sum(dim=1)
     rewards = torch.empty(len(order), device=ids.device)
-    for rows in order.split(ROWS):
+    for rows in order.split(size):
         longest = int(lengths_of[rows].max())
         rewards[rows] = eager_rewards(model, padded[rows, :longest], batch.response[rows, :longest]).float()
     return rewards
@@ -107,8 +105,8 @@ def multiply_adds(model, rows):
     return backbone, head
 
 
-def scoring_case(name, prompts, scale, depths, dtype, device, places):
-    lengths_of = lengths.candidates(prompts, scale)
+def scoring_case(name, prompts, size, depths, dtype, device, places):
+    lengths_of = lengths.candidates(prompts)
     batch = Batch.shared(*lengths_of, device)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(CONFIGURATIONS[name].vocab_size, (batch.rows,), generator=generator).to(device)
@@ -123,19 +121,19 @@ def scoring_case(name, prompts, scale, depths, dtype, device, places):
     def exact(backward):
         wide = copy.deepcopy(other).to(torch.float64 if device.type == "cpu" else torch.float32)
         with torch.no_grad():
-            return [padded_loop(wide, batch, ids, counts.argsort())], []
+            return [padded_loop(wide, batch, ids, counts.argsort(), size)], []
 
     return Case(
         group="scoring",
-        shape=f"{name}, K={depths}, {prompts} prompts of {batch.rows} tokens with six responses each",
+        shape=f"{name}, K={depths}, {prompts} prompts of {batch.rows} tokens with six responses each, padded by {size}",
         dtype=dtype,
         device=device,
         sides={
             OURS: Side(lambda: [torch.tensor([score.reward for score in engine.score(rows)])], [[]]),
             "packed": Side(lambda: [packed_rewards(model, rows, engine.token_budget)], [[]]),
-            "padded, arrival order": Side(lambda: [padded_loop(other, batch, ids, arrival)], [[]]),
+            "padded, arrival order": Side(lambda: [padded_loop(other, batch, ids, arrival, size)], [[]]),
             "padded, sorted by length": Side(
-                lambda: [padded_loop(other, batch, ids, counts.argsort())], [[]]
+                lambda: [padded_loop(other, batch, ids, counts.argsort(), size)], [[]]
             ),
             FLOOR: Side(lambda: [output for read in backbone for output in read()[:0]], [[]]),
         },
@@ -197,7 +195,7 @@ def training_case(name, pairs, scale, depths, dtype, device, places):
 @pytest.mark.parametrize("side", [OURS, "packed", "padded, arrival order", "padded, sorted by length", FLOOR])
 def test_scoring(measured, backbones, side, chosen, device):
     build = functools.partial(
-        scoring_case, backbones, chosen.prompts, chosen.length_scale, chosen.depths, chosen.dtypes[0], device
+        scoring_case, backbones, chosen.prompts, chosen.padded_rows, chosen.depths, chosen.dtypes[0], device
     )
     measured(build, side, False, family="refinement")
 
@@ -205,7 +203,7 @@ def test_scoring(measured, backbones, side, chosen, device):
 @pytest.mark.parametrize("side", [OURS, "padded"])
 def test_training_step(measured, trained, side, chosen, device):
     build = functools.partial(
-        training_case, trained, chosen.prompts, chosen.length_scale, chosen.depths, chosen.dtypes[0], device
+        training_case, trained, chosen.prompts, chosen.trained_scale, chosen.depths, chosen.dtypes[0], device
     )
     measured(build, side, True, family="refinement")
 
@@ -252,8 +250,10 @@ def candidates_case(prompt, response, count, trained, device, places):
     )
 
 
-@pytest.mark.parametrize("side", [OURS, "one by one", "padded batch"])
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward_and_backward"])
+@pytest.mark.parametrize(
+    ("backward", "side"),
+    [(False, OURS), (False, "one by one"), (False, "padded batch"), (True, OURS), (True, "one by one")],
+)
 def test_shared_prompts(measured, backward, side, device):
     build = functools.partial(candidates_case, 512, 64, 8, backward, device)
     measured(build, side, backward, family="refinement")
