@@ -29,16 +29,24 @@ class PackedBatch:
 
     Args:
         input_ids: ``[1, T]`` int64.
-        position_ids: ``[1, T]`` int64, restarting at 0 for every sequence. Where candidates share a prompt,
-            each response goes on counting where the prompt ends.
         prompt_lengths: tokens of each prompt.
         response_lengths: tokens of each response; for shared prompts one list per prompt.
     """
 
     input_ids: torch.Tensor
-    position_ids: torch.Tensor
     prompt_lengths: list[int]
     response_lengths: list[int] | list[list[int]]
+
+    @property
+    def position_ids(self) -> torch.Tensor:
+        """``[1, T]`` int64, restarting at 0 for every sequence; responses that share a prompt go on where it ends."""
+        import torch
+
+        runs = []
+        for prompt, responses in zip(self.prompt_lengths, self.response_lengths, strict=True):
+            lengths = responses if isinstance(responses, list) else [responses]
+            runs += [torch.arange(prompt), *(torch.arange(prompt, prompt + n) for n in lengths)]
+        return torch.cat(runs or [torch.arange(0)]).unsqueeze(0)
 
 
 def pad_rows(
@@ -98,8 +106,7 @@ class PairCollator:
 def pack_rows(rows: Sequence[EncodedRow]) -> PackedBatch:
     """Lay rows one after another, each with its own prompt (``SequenceLayout.packed``)."""
     ids = [token_id for row in rows for token_id in row.input_ids]
-    positions = [position for row in rows for position in range(len(row))]
-    return _packed(ids, positions, [row.prompt_length for row in rows], [row.response_length for row in rows])
+    return _packed(ids, [row.prompt_length for row in rows], [row.response_length for row in rows])
 
 
 def pack_shared_prompts(groups: Sequence[Sequence[EncodedRow]]) -> PackedBatch:
@@ -110,21 +117,17 @@ def pack_shared_prompts(groups: Sequence[Sequence[EncodedRow]]) -> PackedBatch:
             :func:`group_by_prompt`.
     """
     ids: list[int] = []
-    positions: list[int] = []
     for i, group in enumerate(groups):
         if not group:
             raise ValueError(f"group {i} is empty; expected at least one row")
         prompt = group[0].prompt_ids
         ids += prompt
-        positions += range(len(prompt))
         for j, row in enumerate(group):
             if row.prompt_ids != prompt:
                 raise ValueError(f"group {i}: the prompt tokens of row {j} differ from those of row 0")
             ids += row.response_ids
-            positions += range(len(prompt), len(row))
     return _packed(
         ids,
-        positions,
         [group[0].prompt_length for group in groups],
         [[row.response_length for row in group] for group in groups],
     )
@@ -140,7 +143,6 @@ def group_by_prompt(rows: Sequence[EncodedRow]) -> list[list[int]]:
 
 def _packed(
     ids: list[int],
-    positions: list[int],
     prompt_lengths: list[int],
     response_lengths: list[int] | list[list[int]],
 ) -> PackedBatch:
@@ -148,7 +150,6 @@ def _packed(
 
     return PackedBatch(
         torch.tensor([ids], dtype=torch.int64),
-        torch.tensor([positions], dtype=torch.int64),
         prompt_lengths,
         response_lengths,
     )

@@ -37,7 +37,7 @@ def describe(scorer: Scorer) -> dict[str, Any]:
         "truncate_response": encoder.truncate_response,
         "unknown_limit": scorer.unknown_limit,
         "window": scorer.window,
-        "token_budget": scorer.engine.token_budget,
+        "token_budget": scorer.engine.asked_budget,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": device.type,
         "attention": model.backbone.config.get_text_config(decoder=True)._attn_implementation,

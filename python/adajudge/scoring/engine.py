@@ -7,6 +7,8 @@ import math
 import threading
 from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,13 +23,14 @@ logger = logging.getLogger(__name__)
 
 _BUDGETS = {"cpu": 2048}
 _BUDGET = 32768  # of an accelerator
+_LEAST_SHARE = 64  # of the budget asked for, that is kept whatever happens
 
 
 class Engine:
     """Scores encoded sequences, as many at a time as a budget of tokens allows.
 
-    Where the device has no room for a pack, the budget is halved, for good, and the pack is divided. What is scored together
-    depends on the sequences of a call and on the budget alone.
+    Where the device has no room for a pack, the pack is divided; the budget is halved, for good, if the pack had filled more
+    than half of it. What is scored together depends on the sequences of a call and on the budget alone.
 
     Args:
         model: the judge, on its device.
@@ -36,6 +39,8 @@ class Engine:
             the first packs.
 
     Attributes:
+        asked_budget: the budget at first.
+        token_budget: the budget now, at least a 64th of that.
         tokens_scored: tokens of all sequences scored so far, a shared prompt counted for each of its responses.
         tokens_read: those that the judge had to read for it.
     """
@@ -52,10 +57,11 @@ class Engine:
         self.model = model.eval()
         if compile_backbone:
             model.backbone.compile(dynamic=True)
-        self.token_budget = token_budget or _BUDGETS.get(self.device.type, _BUDGET)
+        self.asked_budget = self.token_budget = token_budget or _BUDGETS.get(self.device.type, _BUDGET)
         self.tokens_scored = 0
         self.tokens_read = 0
         self._one_at_a_time = threading.Lock()
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     @property
     def device(self) -> torch.device:
@@ -74,41 +80,52 @@ class Engine:
             waiting.extend((way, pack) for pack in way.pack(rows, chosen, self.token_budget))
         order: list[int] = []
         columns: list[Tensor] = []
+        kept: list[Any] = []  # what was copied on a stream of its own lives until all is computed
         results: list[Score | ScoringError] = [ScoringError("not scored")] * len(rows)
         while waiting:
             way, pack = waiting.popleft()
             if pack.tokens > self.token_budget and len(pack.sequences) > 1:  # it was halved meanwhile
-                smaller = way.pack(rows, pack.sequences, self.token_budget)
-                waiting.extendleft((way, part) for part in reversed(smaller))
+                _put_back(waiting, way, way.pack(rows, pack.sequences, self.token_budget))
                 continue
-            numbers = self._read(way, [rows[i] for i in pack.sequences], pack)
+            numbers = self._read(way, [rows[i] for i in pack.sequences], pack, kept)
             if numbers is not None:
                 order += pack.sequences
                 columns.append(numbers)
             elif len(pack.sequences) > 1:
-                self.token_budget = max(1, pack.tokens // 2)
-                logger.warning(
-                    "no room for %d tokens at once; token_budget is now %d", pack.tokens, self.token_budget
-                )
-                waiting.appendleft((way, pack))
+                self._no_room_for(pack)
+                _put_back(waiting, way, way.pack(rows, pack.sequences, pack.tokens // 2))
             else:
                 (index,) = pack.sequences
                 reason = f"the device has no room for its {len(rows[index])} tokens"
                 results[index] = ScoringError(reason)
-        table = torch.cat(columns).tolist() if columns else []  # the one wait for the device
+        table = torch.cat(columns).tolist() if columns else []  # here is waited for the device
         for index, line in zip(order, table, strict=True):
             results[index] = _score_of(rows[index], line)
         return results
 
-    def _read(self, way: Way, rows: list[EncodedRow], pack: Pack) -> Tensor | None:
+    def _no_room_for(self, pack: Pack) -> None:
+        """A pack that is small beside the budget says nothing about the budget."""
+        if pack.tokens > self.token_budget // 2:
+            self.token_budget = max(1, self.asked_budget // _LEAST_SHARE, self.token_budget // 2)
+        logger.warning(
+            "no room for %d tokens at once; token_budget is now %d", pack.tokens, self.token_budget
+        )
+
+    def _copying(self) -> AbstractContextManager[Any]:
+        """Copies to a GPU wait for what their stream does: on one of their own they do not wait for the pack before."""
+        return nullcontext() if self._copies is None else torch.cuda.stream(self._copies)
+
+    def _read(self, way: Way, rows: list[EncodedRow], pack: Pack, kept: list[Any]) -> Tensor | None:
         """Reward, view scores, view weights and depth weights ``[B, 7 + K]``; None: the device has no room."""
         try:
+            with self._copying():
+                inputs = way.inputs(rows, pack, self.device)
+            kept.append(inputs)
             with attention_of(self.model, way.attention):
-                out = way.read(self.model, rows, pack)
-            assert out.logits is not None
+                out = self.model(**inputs)
             numbers = [out.logits, out.view_scores, out.view_weights, out.depth_weights]
-            table = torch.cat([x.float() for x in numbers if x is not None], dim=1)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+            table = torch.cat([x.float() for x in numbers], dim=1)
+        except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
         else:
@@ -120,9 +137,14 @@ class Engine:
         return None
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """CUDA has a class for it; the CPU's allocator only says it."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def _put_back(waiting: deque[tuple[Way, Pack]], way: Way, packs: list[Pack]) -> None:
+    waiting.extendleft((way, pack) for pack in reversed(packs))
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """torch has a class for it; the CPU's allocator, cuBLAS and Triton only say it."""
+    texts = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 def _score_of(row: EncodedRow, numbers: list[float]) -> Score | ScoringError:

@@ -18,6 +18,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -26,7 +27,7 @@ from adajudge import backbone_attention
 from adajudge.attention_masks import check_keeps_apart, window_in_force
 from adajudge.backbone_states import long_rope_border
 from adajudge.data import EncodedRow, group_by_prompt, pack_rows, pack_shared_prompts, pad_rows
-from adajudge.modeling import AdaJudgeForSequenceClassification, AdaJudgeOutput
+from adajudge.modeling import AdaJudgeForSequenceClassification
 from adajudge.scoring.packing import Pack, packed_packs, padded_packs, shared_packs
 from adajudge_kernels import SequenceLayout, available_backends
 
@@ -40,12 +41,12 @@ Packer = Callable[[Sequence[EncodedRow], Sequence[int], int], list[Pack]]
 
 @dataclass(frozen=True)
 class Way:
-    """One way to read packs: how they are formed, and how they reach the model."""
+    """One way to read packs: how they are formed, and what the model is called with, on its device."""
 
     name: str
     attention: str
     pack: Packer
-    read: Callable[[AdaJudgeForSequenceClassification, list[EncodedRow], Pack], AdaJudgeOutput]
+    inputs: Callable[[list[EncodedRow], Pack, torch.device], dict[str, Any]]
 
 
 class Reading:
@@ -85,8 +86,8 @@ class Reading:
         if self._keeps_apart and "flash" in attention:
             return _packed(attention)
         if self._keeps_apart and causal and attention in ("sdpa", "eager") and worth_a_mask:
-            return Way("tree", attention, _tree_packs, _read_shared)
-        return Way("padded", attention, padded_packs, _read_padded)
+            return Way("tree", attention, _tree_packs, _shared_inputs)
+        return Way("padded", attention, padded_packs, _padded_inputs)
 
 
 def choose_attention(model: AdaJudgeForSequenceClassification) -> None:
@@ -150,42 +151,26 @@ def _tree_packs(rows: Sequence[EncodedRow], chosen: Sequence[int], budget: int) 
 
 
 def _shared(attention: str) -> Way:
-    return Way("shared", attention, shared_packs, _read_shared)
+    return Way("shared", attention, shared_packs, _shared_inputs)
 
 
 def _packed(attention: str) -> Way:
-    return Way("packed", attention, packed_packs, _read_packed)
+    return Way("packed", attention, packed_packs, _packed_inputs)
 
 
-def _read_shared(
-    model: AdaJudgeForSequenceClassification, rows: list[EncodedRow], pack: Pack
-) -> AdaJudgeOutput:
+def _shared_inputs(rows: list[EncodedRow], pack: Pack, device: torch.device) -> dict[str, Any]:
     remaining = iter(rows)
     batch = pack_shared_prompts([[next(remaining) for _ in group] for group in pack.groups])
-    layout = SequenceLayout.shared_prompts(batch.prompt_lengths, batch.response_lengths)  # type: ignore[arg-type]
-    return _read_row(model, batch.input_ids, layout)
+    layout = SequenceLayout.shared_prompts(batch.prompt_lengths, batch.response_lengths, device)  # type: ignore[arg-type]
+    return {"input_ids": batch.input_ids.to(device), "layout": layout}
 
 
-def _read_packed(
-    model: AdaJudgeForSequenceClassification, rows: list[EncodedRow], pack: Pack
-) -> AdaJudgeOutput:
+def _packed_inputs(rows: list[EncodedRow], pack: Pack, device: torch.device) -> dict[str, Any]:
     batch = pack_rows(rows)
-    layout = SequenceLayout.packed(batch.prompt_lengths, batch.response_lengths)  # type: ignore[arg-type]
-    return _read_row(model, batch.input_ids, layout)
+    layout = SequenceLayout.packed(batch.prompt_lengths, batch.response_lengths, device)  # type: ignore[arg-type]
+    return {"input_ids": batch.input_ids.to(device), "layout": layout}
 
 
-def _read_row(
-    model: AdaJudgeForSequenceClassification, input_ids: torch.Tensor, layout: SequenceLayout
-) -> AdaJudgeOutput:
-    device = next(model.parameters()).device
-    output: AdaJudgeOutput = model(input_ids.to(device, non_blocking=True), layout=layout.to(device))
-    return output
-
-
-def _read_padded(
-    model: AdaJudgeForSequenceClassification, rows: list[EncodedRow], pack: Pack
-) -> AdaJudgeOutput:
-    device = next(model.parameters()).device
+def _padded_inputs(rows: list[EncodedRow], pack: Pack, device: torch.device) -> dict[str, Any]:
     batch = pad_rows(rows, pad_token_id=0)  # any id: padding is known by its mask alone
-    output: AdaJudgeOutput = model(**{name: tensor.to(device) for name, tensor in batch.items()})
-    return output
+    return {name: tensor.to(device) for name, tensor in batch.items()}
