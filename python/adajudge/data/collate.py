@@ -42,9 +42,9 @@ class PackedBatch:
         """``[1, T]`` int64, restarting at 0 for every sequence; responses that share a prompt go on where it ends."""
         import torch
 
+        per_prompt = [[n] if isinstance(n, int) else n for n in self.response_lengths]
         runs = []
-        for prompt, responses in zip(self.prompt_lengths, self.response_lengths, strict=True):
-            lengths = responses if isinstance(responses, list) else [responses]
+        for prompt, lengths in zip(self.prompt_lengths, per_prompt, strict=True):
             runs += [torch.arange(prompt), *(torch.arange(prompt, prompt + n) for n in lengths)]
         return torch.cat(runs or [torch.arange(0)]).unsqueeze(0)
 
