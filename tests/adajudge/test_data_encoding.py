@@ -241,9 +241,21 @@ def test_an_overlong_prompt_keeps_its_bos_and_loses_its_oldest_tokens():
 
 def test_an_overlong_prompt_never_costs_the_response_a_token(tokenizer, encoder):
     whole = encoder.encode(user("word " * 50), "Hello there")
-    for max_length in range(whole.response_length, len(whole)):
+    lead = encoder.boundary.assistant_header_ids + encoder.boundary.scaffold_ids
+    least = whole.response_length + len(lead) + (whole.input_ids[0] == tokenizer.bos_token_id)
+    for max_length in range(least, len(whole)):
         cut = ConversationEncoder(tokenizer, max_length).encode(user("word " * 50), "Hello there")
         assert (cut.response_ids, len(cut), cut.truncated) == (whole.response_ids, max_length, True)
+        assert cut.prompt_ids[-len(lead) :] == lead
+
+
+def test_a_response_never_loses_its_header(tokenizer, encoder):
+    """Without it the judge would see no answer, and say something all the same."""
+    whole = encoder.encode(user("word " * 50), "Hello there")
+    lead = encoder.boundary.assistant_header_ids + encoder.boundary.scaffold_ids
+    for max_length in range(whole.response_length, whole.response_length + len(lead)):
+        with pytest.raises(EncodingError, match="more stand before it"):
+            ConversationEncoder(tokenizer, max_length).encode(user("word " * 50), "Hello there")
 
 
 def test_a_sequence_that_fits_is_not_truncated(tokenizer, encoder):

@@ -174,3 +174,16 @@ def test_an_unreadable_file_raises_and_names_the_path(tmp_path, name, content, e
 def test_a_directory_is_no_data_file(tmp_path):
     with pytest.raises(DataFileError, match="is a directory"):
         read_rows(tmp_path)
+
+
+def test_a_key_that_comes_twice_is_an_error_not_a_guess(tmp_path):
+    text = '{"prompt": "a", "response": "b", "response": "c"}'
+    lines, whole = tmp_path / "rows.jsonl", tmp_path / "rows.json"
+    lines.write_text(text + '\n{"prompt": "a", "response": "b"}\n')
+    bad, good = read_rows(lines)
+    assert (bad.line, bad.field) == (1, "response")
+    assert "comes twice" in bad.reason
+    assert good.responses == ("b",)
+    whole.write_text(f"[{text}]")
+    with pytest.raises(DataFileError, match="the key 'response' comes twice"):
+        list(read_rows(whole))

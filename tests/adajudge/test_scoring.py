@@ -233,3 +233,49 @@ def test_many_threads_encode_and_score_as_one_does(judge, tokenizer, alone):
     with ThreadPoolExecutor(4) as threads:
         for rewards in threads.map(lambda _: score_all(), range(8)):
             assert rewards == pytest.approx(alone, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "message"),
+    [
+        ([{"role": "usr", "content": "tell me"}], "the cat", r"prompt\[0\]\.role: unknown role 'usr'"),
+        ("tell \ud800", "the cat", "prompt: half of a surrogate pair"),
+        ("tell me", "the \ud800", "response: half of a surrogate pair"),
+        (b"tell", "the cat", "prompt: expected a string or messages, got bytes"),
+    ],
+)
+def test_a_single_response_is_checked_as_a_row_is(judge, tokenizer, prompt, response, message):
+    with pytest.raises(ValueError, match=message):
+        Scorer(judge, tokenizer).score_response(prompt, response)
+
+
+def test_messages_may_come_as_objects_or_mappings(judge, tokenizer):
+    scorer = Scorer(judge, tokenizer)
+    expected = scorer.score_response("tell me", "the cat sat")
+    assert scorer.score_response([Message("user", "tell me")], "the cat sat") == expected
+    assert scorer.score_response([{"role": "user", "content": "tell me"}], "the cat sat") == expected
+
+
+@pytest.mark.parametrize(
+    ("responses", "field"),
+    [
+        (("moon " * 100,), "response"),
+        (("the cat", "moon " * 100), "rejected"),
+        (("a", "b", "moon " * 100), "responses[2]"),
+    ],
+)
+def test_an_error_names_the_response(judge, tokenizer, responses, field):
+    (result,) = Scorer(judge, tokenizer, max_length=40).score([row(1, *responses)])
+    assert result.field == field
+
+
+def test_a_response_that_leaves_no_room_for_its_header_is_an_error(judge, tokenizer):
+    scorer = Scorer(judge, tokenizer)
+    whole = scorer.encoder.encode((Message("user", "tell me"),), "the cat sat on a mat")
+    header = len(scorer.encoder.boundary.assistant_header_ids) + len(scorer.encoder.boundary.scaffold_ids)
+    for room, is_scored in ((header, True), (header - 1, False)):
+        short = Scorer(judge, tokenizer, max_length=whole.response_length + room)
+        (result,) = short.score([row(1, "the cat sat on a mat")])
+        assert isinstance(result, RowError) is not is_scored
+    assert f"{header} more stand before it; max_length is" in result.reason
+    assert result.field == "response"

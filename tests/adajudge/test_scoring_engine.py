@@ -206,6 +206,16 @@ def test_read_tokens_are_fewer_than_scored_ones_where_prompts_are_shared():
     assert (engine.tokens_scored, engine.tokens_read) == (220, 70)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "adajudge"])
+def test_equal_sequences_have_equal_scores(attention):
+    """To the last bit, or the two sides of a pair that say the same would not tie."""
+    rows = encoded() * 2
+    engine = Engine(random_judge("mistral", attention), 40)
+    results = engine.score(rows)
+    assert results[: len(rows) // 2] == results[len(rows) // 2 :]
+    assert engine.tokens_scored == sum(map(len, rows))
+
+
 def test_nothing_gives_nothing_and_impossible_budgets_are_refused():
     assert Engine(random_judge()).score([]) == []
     with pytest.raises(ValueError, match="token_budget: 0 came"):

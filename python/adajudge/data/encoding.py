@@ -82,8 +82,8 @@ class ConversationEncoder:
     turn; white space or an eos that the template puts behind it is dropped.
 
     A sequence longer than ``max_length`` loses the beginning of its prompt, never of its response: a leading
-    bos token stays (models lean on it), then the oldest tokens go. Each response is cut by its own length
-    alone, so that no score depends on the other responses of the prompt.
+    bos token stays (models lean on it), then the oldest tokens go, up to the assistant header, which stays. Each
+    response is cut by its own length alone, so that no score depends on the other responses of the prompt.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -227,20 +227,19 @@ class ConversationEncoder:
             return self._counted(ids, prompt_length)
         prompt, response = ids[:prompt_length], ids[prompt_length:]
         room = self.max_length - len(response)
-        if room < 0:
+        if room < min(len(prompt), self._least_prompt(prompt)):
             return self._fit_response(prompt, response, self.max_length)
         kept = self._cut_prompt(prompt, room)
         return self._counted(kept + response, len(kept), prompt_tokens_cut=len(prompt) - len(kept))
 
     def _fit_response(self, prompt: list[int], response: list[int], max_length: int) -> EncodedRow:
+        least = self._least_prompt(prompt)
         if not self.truncate_response:
+            behind = f"; {least} more stand before it" if len(response) <= max_length else ""
             raise EncodingError(
-                "response", f"the response has {len(response)} tokens; max_length is {max_length}"
+                "response", f"the response has {len(response)} tokens{behind}; max_length is {max_length}"
             )
-        boundary = self.boundary
-        room = len(boundary.assistant_header_ids) + len(boundary.scaffold_ids)
-        has_bos = prompt[:1] == [self._bos_id]
-        kept = self._cut_prompt(prompt, min(room + has_bos, max_length - 1))
+        kept = self._cut_prompt(prompt, min(least, max_length - 1))
         response_length = max_length - len(kept)
         return self._counted(
             kept + response[:response_length],
@@ -248,6 +247,12 @@ class ConversationEncoder:
             prompt_tokens_cut=len(prompt) - len(kept),
             response_tokens_cut=len(response) - response_length,
         )
+
+    def _least_prompt(self, prompt: list[int]) -> int:
+        """Tokens that stay of any prompt: bos and assistant header. A response without them is no answer."""
+        boundary = self.boundary
+        header = len(boundary.assistant_header_ids) + len(boundary.scaffold_ids)
+        return header + (prompt[:1] == [self._bos_id])
 
     def _cut_prompt(self, prompt: list[int], room: int) -> list[int]:
         """At most ``room`` tokens: a leading bos, then the latest ones."""

@@ -151,7 +151,9 @@ def _json_lines(stream: IO[bytes] | gzip.GzipFile, decode: bool) -> Iterator[tup
 
 def _decode_json(raw: bytes, line: int) -> Any:
     try:
-        return json.loads(raw.decode("utf-8"))
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except _RepeatedKeyError as error:
+        return RowError(line, str(line), str(error), "the key comes twice in one object; expected once")
     except UnicodeDecodeError as error:
         reason = f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start}"
     except json.JSONDecodeError as error:
@@ -161,10 +163,24 @@ def _decode_json(raw: bytes, line: int) -> Any:
     return RowError(line, str(line), "row", reason)
 
 
+class _RepeatedKeyError(Exception):
+    """A key that one JSON object has twice: which of its values is meant would be a guess."""
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _RepeatedKeyError(next(key for key in keys if keys.count(key) > 1))
+    return record
+
+
 def _load_json(path: str) -> list[Any]:
     hint = "expected one JSON list of objects (one object a line belongs in a file named .jsonl)"
     try:
-        value = json.loads(Path(path).read_bytes().decode("utf-8-sig"))
+        value = json.loads(Path(path).read_bytes().decode("utf-8-sig"), object_pairs_hook=_unique_keys)
+    except _RepeatedKeyError as error:
+        raise DataFileError(f"{path}: the key {str(error)!r} comes twice in one object; {hint}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise DataFileError(f"{path}: {error}; {hint}") from error
     if not isinstance(value, list):

@@ -70,18 +70,23 @@ class Engine:
 
     @torch.inference_mode()
     def score(self, rows: Sequence[EncodedRow]) -> list[Score | ScoringError]:
-        """One result per sequence, in their order; calls of several threads take turns."""
+        """One result per sequence, in their order; equal ones are scored once. Calls of several threads take turns."""
+        keys = [(row.prompt_length, tuple(row.input_ids)) for row in rows]
+        distinct = dict(zip(keys, rows, strict=True))
         with self._one_at_a_time:
-            return self._score(rows)
+            numbers = dict(zip(distinct, self._score_distinct([*distinct.values()]), strict=True))
+        self.tokens_scored += sum(map(len, rows))
+        return [_result_of(row, numbers[key]) for row, key in zip(rows, keys, strict=True)]
 
-    def _score(self, rows: Sequence[EncodedRow]) -> list[Score | ScoringError]:
+    def _score_distinct(self, rows: Sequence[EncodedRow]) -> list[list[float] | ScoringError]:
+        """The numbers of each sequence; all have other tokens."""
         waiting: deque[tuple[Way, Pack]] = deque()
         for way, chosen in Reading(self.model).divide(rows):
             waiting.extend((way, pack) for pack in way.pack(rows, chosen, self.token_budget))
         order: list[int] = []
         columns: list[Tensor] = []
         kept: list[Any] = []  # what was copied on a stream of its own lives until all is computed
-        results: list[Score | ScoringError] = [ScoringError("not scored")] * len(rows)
+        results: list[list[float] | ScoringError] = [ScoringError("not scored")] * len(rows)
         while waiting:
             way, pack = waiting.popleft()
             if pack.tokens > self.token_budget and len(pack.sequences) > 1:  # it was halved meanwhile
@@ -99,8 +104,8 @@ class Engine:
                 reason = f"the device has no room for its {len(rows[index])} tokens"
                 results[index] = ScoringError(reason)
         table = torch.cat(columns).tolist() if columns else []  # here is waited for the device
-        for index, line in zip(order, table, strict=True):
-            results[index] = _score_of(rows[index], line)
+        for index, numbers_of_one in zip(order, table, strict=True):
+            results[index] = numbers_of_one
         return results
 
     def _no_room_for(self, pack: Pack) -> None:
@@ -129,7 +134,6 @@ class Engine:
             if not _is_out_of_memory(error):
                 raise
         else:
-            self.tokens_scored += sum(len(row) for row in rows)
             self.tokens_read += pack.tokens
             return table
         if self.device.type == "cuda":
@@ -147,7 +151,9 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
-def _score_of(row: EncodedRow, numbers: list[float]) -> Score | ScoringError:
+def _result_of(row: EncodedRow, numbers: list[float] | ScoringError) -> Score | ScoringError:
+    if isinstance(numbers, ScoringError):
+        return numbers
     reward, *rest = numbers
     if not all(math.isfinite(x) for x in numbers):
         return ScoringError(f"the judge's reward is not finite: {reward}")

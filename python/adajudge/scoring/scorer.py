@@ -7,7 +7,9 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
+from sys import is_finalizing
 from typing import Any
 
 import torch
@@ -168,7 +170,8 @@ class Scorer:
                     window, futures = waiting.popleft()
                     yield self._score_window(window, [item for part in futures for item in part.result()])
             finally:
-                threads.shutdown(wait=False, cancel_futures=True)
+                if not is_finalizing():  # the interpreter ends with an unfinished generator
+                    threads.shutdown(wait=False, cancel_futures=True)
         if failure is not None:
             raise failure
 
@@ -185,10 +188,16 @@ class Scorer:
         """
         if not isinstance(response, str):
             raise ValueError(f"response: expected a string, got {type(response).__name__}")
-        if not isinstance(prompt, Sequence):
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
             raise ValueError(f"prompt: expected a string or messages, got {type(prompt).__name__}")
-        messages = (Message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
-        row = Row("0", 1, "single", messages, (response,))
+        turns = (
+            [asdict(m) if isinstance(m, Message) else m for m in prompt]
+            if not isinstance(prompt, str)
+            else prompt
+        )
+        row = parse_row({"prompt": turns, "response": response}, 1)
+        if isinstance(row, RowError):
+            raise ValueError(f"{row.field}: {row.reason}")
         (result,) = self._score_window([row], [self.encode(row)])
         if isinstance(result, RowError):
             raise ValueError(f"{result.field}: {result.reason}")
@@ -196,12 +205,15 @@ class Scorer:
 
     def encode(self, row: Row) -> Encoded | RowError:
         """Token ids of each of a row's responses behind its prompt, or why there are none. Threads may call it at once."""
-        try:
-            encoded = tuple(self.encoder.encode(row.prompt, response) for response in row.responses)
-            self._check_known(encoded)
-        except EncodingError as error:
-            return row.error(error.field, str(error))
-        return encoded
+        encoded = []
+        for index, response in enumerate(row.responses):
+            try:
+                encoded.append(self.encoder.encode(row.prompt, response))
+                self._check_known(encoded[-1])
+            except EncodingError as error:
+                one = error.field == "prompt" or row.kind == "single"
+                return row.error(error.field if one else _name_of_response(row, index), str(error))
+        return tuple(encoded)
 
     def encode_rendered(self, text: str, *, add_bos: bool = False) -> EncodedRow:
         """Token ids of text that a chat template has been applied to already, see `ConversationEncoder`.
@@ -210,15 +222,15 @@ class Scorer:
             EncodingError: it cannot be scored, and why.
         """
         encoded = self.encoder.encode_rendered(text, add_bos=add_bos)
-        self._check_known((encoded,))
+        self._check_known(encoded)
         return encoded
 
     def score_encoded(self, rows: Sequence[EncodedRow]) -> list[Score | ScoringError]:
         """One result per encoded response; calls of several threads take turns."""
         return self.engine.score(rows)
 
-    def _check_known(self, encoded: Encoded) -> None:
-        unknown = max(item.unknown_share for item in encoded)
+    def _check_known(self, encoded: EncodedRow) -> None:
+        unknown = encoded.unknown_share
         if self.unknown_limit is not None and unknown > self.unknown_limit:
             raise EncodingError("row", f"{unknown:.0%} of its words are unknown to this judge; not scored")
 
@@ -238,6 +250,13 @@ class Scorer:
             assert isinstance(row, Row)
             results.append(scored_row(row, list(itertools.islice(scores, len(items)))))
         return results
+
+
+def _name_of_response(row: Row, index: int) -> str:
+    """Of a pair or of candidates, as a row's error names it."""
+    if row.kind == "pair":
+        return ("chosen", "rejected")[index]
+    return f"responses[{index}]"
 
 
 def scored_row(row: Row, scores: Sequence[Score | ScoringError]) -> Result:
