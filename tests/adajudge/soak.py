@@ -23,31 +23,7 @@ from tests.adajudge.servers import Process, family_scorer
 CLIENTS = 32
 MALFORMED, DISCONNECTING = 0.01, 0.03
 NEAR = 1e-4
-_WORDS = [
-    "the",
-    "ball",
-    "and",
-    "the",
-    "goal",
-    ".",
-    "we",
-    "saw",
-    "the",
-    "pan",
-    "in",
-    "the",
-    "kitchen",
-    "and",
-    "I",
-    "do",
-    "not",
-    "know",
-    "what",
-    "it",
-    "is",
-    "called",
-    ",",
-]
+_WORDS = "the ball and the goal . we saw the pan in the kitchen and I do not know what it is called ,".split()
 _HEADERS = {"Content-Type": "application/json"}
 _MALFORMED = (
     ("/get_reward", b"{", 400),
@@ -112,7 +88,7 @@ class Rows:
     def __init__(self, folder, count=300):
         chance = random.Random(0)
         scorer = family_scorer("qwen3", max_tokens=2048)
-        tokenizer = scorer.encoder._template.tokenizer
+        tokenizer = scorer.encoder.tokenizer
         scorer.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         self.prompts = [" ".join(chance.choices(_WORDS, k=chance.choice((1, 4, 20, 90)))) for _ in range(20)]

@@ -33,7 +33,7 @@ def judge(request):
     offline = [result.scores[0].reward for result in scorer.score(rows)]
     assert len(set(offline)) == 3
     with running(scorer) as client:
-        yield client.url, scorer.encoder._template.tokenizer, offline
+        yield client.url, scorer.encoder.tokenizer, offline
 
 
 def conversations(tokenizer):
@@ -129,7 +129,7 @@ def test_a_key_in_the_url_for_clients_that_send_no_header():
     scorer = family_scorer("qwen3")
     with running(scorer, api_key="secret") as client:
         url = f"{client.url}/get_reward"
-        texts = list(conversations(scorer.encoder._template.tokenizer))
+        texts = list(conversations(scorer.encoder.tokenizer))
         with pytest.raises(requests.HTTPError, match="401"):
             openrlhf_rewards([url], texts, ["p"] * 3, [None] * 3)
         with_key = url.replace("http://", "http://key:secret@")

@@ -210,11 +210,12 @@ def test_health_models_and_schema(client):
     assert body["required"] == ["query"]
 
 
-def test_metrics_count_what_happened(scorer):
+def test_metrics_count_what_happened(scorer, monkeypatch):
     with running(scorer) as client:
         post(client, "/v1/rewards", {"rows": [ROW, PAIR, {}]})
         post(client, "/classify", {}, 422)
         client.get("/anything")
+        monkeypatch.setattr(scorer.engine, "token_budget", 777)
         text = client.get("/metrics").text
     tokens = sum(score.prompt_tokens + score.response_tokens
                  for result in scorer.score([ROW, PAIR]) for score in result.scores)  # fmt: skip
@@ -227,6 +228,7 @@ def test_metrics_count_what_happened(scorer):
         f"adajudge_tokens_total {float(tokens)}",
         'adajudge_bad_rows_total{type="invalid_row"} 1.0',
         'adajudge_refused_requests_total{type="invalid_request"} 1.0',
+        "adajudge_token_budget 777.0",
         "adajudge_rows_accepted 0.0",
         "adajudge_rows_waiting 0.0",
         "adajudge_batch_rows_count 1.0",
@@ -248,13 +250,13 @@ def test_an_engine_that_fails_on_one_row_fails_it_alone(scorer, monkeypatch):
     monkeypatch.setattr(scorer.engine, "score", score)
     short = {"prompt": "tell me", "response": "the ball ."}
     with running(scorer) as client:
-        data = post(client, "/v1/rewards", {"rows": [short, ROW, short]})["data"]
+        data = post(client, "/v1/rewards", {"rows": [short, ROW | {"id": "bad"}, short]})["data"]
         assert [("reward" in item, "error" in item) for item in data] == [
             (True, False),
             (False, True),
             (True, False),
         ]
-        assert data[1]["error"]["type"] == "engine_error"
+        assert (data[1]["id"], data[1]["error"]["type"]) == ("bad", "engine_error")
         assert "out of luck" not in data[1]["error"]["message"]
         assert post(client, "/get_reward", {"query": [RENDERED]}, 500)["error"]["type"] == "engine_error"
         assert client.get("/health").json()["status"] == "ok"  # other rows are scored
@@ -295,9 +297,9 @@ def test_a_row_that_breaks_the_tokenizer_is_refused_alone(scorer, monkeypatch):
 
     monkeypatch.setattr(scorer.encoder, "encode", encode)
     with running(scorer) as client:
-        data = post(client, "/v1/rewards", {"rows": [ROW, ROW | {"response": "boom"}]})["data"]
+        data = post(client, "/v1/rewards", {"rows": [ROW, ROW | {"id": "boom", "response": "boom"}]})["data"]
     assert "reward" in data[0]
-    assert data[1]["error"]["message"] == "it cannot be encoded: TypeError"
+    assert (data[1]["id"], data[1]["error"]["message"]) == ("boom", "it cannot be encoded: TypeError")
 
 
 def test_a_client_without_json_is_told_so(client):

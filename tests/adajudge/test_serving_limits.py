@@ -63,7 +63,7 @@ def test_names_of_the_loopback_are_hosts(host):
 @pytest.mark.parametrize(
     "host", ["", "evil.com", "evil.com:127", "[::2]:80", "localhost.evil.com", "127.evil.com"]
 )
-def test_a_page_cannot_reach_the_loopback_under_its_own_name(scorer, host):
+def test_a_page_cannot_reach_the_loopback_under_its_own_name(host):
     assert not Settings().accepts_host(host)
     assert Settings(check_host=False).accepts_host(host)
     assert Settings(api_key="k").accepts_host(host)

@@ -71,7 +71,10 @@ class TurnBoundary:
         core = header[: len(header) - self.header_white_space]
         start = _find_last(ids, core, 0)
         if start < 0:
-            raise ValueError("no assistant header among its tokens")
+            raise ValueError(
+                "no assistant header among its tokens; "
+                "expected text with the judge's chat template applied, special tokens in it"
+            )
         start = _skip(ids, start, header, self.header_white_space)
         if self.scaffold_ids:
             start = _skip(ids, start, self.scaffold_ids, self.scaffold_white_space)

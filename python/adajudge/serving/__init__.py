@@ -1,8 +1,8 @@
 """Serving: one engine behind HTTP, the requests of many clients packed together.
 
-    gate (key, host, draining)  ->  app (limits, wire format)  ->  encode (threads)  ->  batcher (one thread)  ->  answer
+    gate (key, host, draining)  ->  service (limits; encodes in threads)  ->  batcher (one thread)  ->  answer
 
-`formats` has the wire formats, `batcher` the queue in front of the engine, `app` the endpoints, `server` the process.
+`app` has the endpoints, `formats` the wire formats, `batcher` the queue in front of the engine, `server` the process.
 """
 
 from .app import create_app

@@ -328,7 +328,8 @@ def _answer_rewards(_: Any, items: list[Item], outcomes: Sequence[Outcome], mode
     data: list[dict[str, Any]] = []
     for i, (item, outcome) in enumerate(zip(items, outcomes, strict=True)):
         if isinstance(outcome, Fault):
-            data.append({"id": outcome.id or str(i), "error": outcome.record(i)})
+            known = item.id if isinstance(item, Row) else outcome.id
+            data.append({"id": known or str(i), "error": outcome.record(i)})
         else:
             assert isinstance(item, Row)
             data.append(ScoredRow(item, outcome).to_record())

@@ -35,6 +35,9 @@ class Metrics:
         self.waiting = Gauge(
             "adajudge_rows_waiting", "Responses that wait for the engine.", registry=registry
         )
+        self.token_budget = Gauge(
+            "adajudge_token_budget", "Tokens the engine reads at once now.", registry=registry
+        )
         self.batch_rows = Histogram(
             "adajudge_batch_rows", "Responses scored together.", buckets=_ROWS, registry=registry
         )

@@ -45,6 +45,7 @@ class Service:
     def __init__(self, scorer: Scorer, settings: Settings) -> None:
         self.settings = settings
         self.metrics = Metrics()
+        self.metrics.token_budget.set_function(lambda: scorer.engine.token_budget)
         self.batcher = Batcher(
             scorer, lambda: scorer.engine.token_budget, settings.max_batch_wait_ms / 1000, self.metrics
         )
@@ -197,10 +198,7 @@ class Service:
         try:
             return (self._scorer.encode_rendered(item.text, add_bos=item.add_bos),)
         except EncodingError as error:
-            reason = str(error)
-            if "no assistant header" in reason:
-                reason += "; expected text with the judge's chat template applied, special tokens in it"
-            return Fault(item.field, reason)
+            return Fault(item.field, str(error))
 
     def _encode_safely(self, item: Item) -> tuple[EncodedRow, ...] | Fault:
         try:
