@@ -5,14 +5,20 @@
 
 The address is read from ADAJUDGE_URL (default http://127.0.0.1:8000), the key from ADAJUDGE_API_KEY. The data set keeps the
 prompt's messages in ``extra_info["messages"]``. verl calls this in threads, one response at a time; the server packs them.
+A server that is full (429) or shutting down (503) is asked again, when its ``Retry-After`` says so.
 """
 
 import os
 import threading
 
 import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
 
 _local = threading.local()  # a connection for each thread
+_AGAIN = Retry(
+    5, status_forcelist=(429, 503), allowed_methods=("POST",), backoff_factor=0.5, raise_on_status=False
+)
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **_):
@@ -20,6 +26,8 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **_)
     messages = [*extra_info["messages"], {"role": "assistant", "content": solution_str}]
     if not hasattr(_local, "session"):
         _local.session = requests.Session()
+        for scheme in ("http://", "https://"):
+            _local.session.mount(scheme, HTTPAdapter(max_retries=_AGAIN))
     key = os.environ.get("ADAJUDGE_API_KEY")
     answer = _local.session.post(
         os.environ.get("ADAJUDGE_URL", "http://127.0.0.1:8000") + "/classify",
@@ -28,5 +36,12 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **_)
         timeout=180,
     )
     if not answer.ok:
-        raise RuntimeError(f"the judge answered {answer.status_code}: {answer.json()['error']['message']}")
+        raise RuntimeError(f"the judge answered {answer.status_code}: {_reason(answer)}")
     return answer.json()["data"][-1]["probs"][-1]
+
+
+def _reason(answer):
+    try:
+        return answer.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):  # of a proxy
+        return answer.text

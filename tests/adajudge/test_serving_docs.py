@@ -4,12 +4,15 @@ import argparse
 import json
 import re
 import shlex
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from adajudge import Scorer
 from adajudge.cli import serve
+from adajudge.scoring.engine import _BUDGET, _BUDGETS
 from adajudge.serving.metrics import Metrics
 
 from tests.adajudge.servers import running
@@ -104,6 +107,11 @@ def test_the_defaults_are_as_written():
         assert parser.get_default(name) == int(value.replace(",", "")), name
 
 
+def test_the_token_budgets_are_the_engines():
+    budgets = f"{_BUDGETS['cpu']:,} on the CPU, else {_BUDGET:,}"
+    assert f"(`--token_budget`: {budgets})" in PAGES["serving.md"]
+
+
 def test_every_metric_is_listed():
     for family in Metrics().registry.collect():
         assert family.name.startswith("process_") or family.name in PAGES["serving.md"]
@@ -115,3 +123,34 @@ def test_the_verl_example_says_why_a_response_has_no_reward(client, monkeypatch)
     monkeypatch.setenv("ADAJUDGE_URL", client.url)
     with pytest.raises(RuntimeError, match=r"the judge answered 422: .*only white space"):
         compute_score("x", "  ", None, {"messages": [{"role": "user", "content": "tell me"}]})
+
+
+def test_the_verl_example_asks_again_and_quotes_a_proxy(monkeypatch):
+    from examples.verl_reward import compute_score
+
+    answers = [(503, "0", b"starting"), (429, "0", b"{}"), (200, None, b'{"data": [{"probs": [1.5]}]}')]
+    answers += [(502, None, b"<h1>bad gateway</h1>")]
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            status, again, body = answers.pop(0)
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            if again is not None:
+                self.send_header("Retry-After", again)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Proxy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("ADAJUDGE_URL", f"http://127.0.0.1:{server.server_port}")
+        question = {"messages": [{"role": "user", "content": "tell me"}]}
+        assert compute_score("x", "the ball .", None, question) == 1.5
+        with pytest.raises(RuntimeError, match="the judge answered 502: <h1>bad gateway</h1>"):
+            compute_score("x", "the ball .", None, question)
+        server.shutdown()
+    assert not answers
