@@ -121,6 +121,30 @@ def test_a_failing_engine_fails_the_sequences_that_make_it_fail(batcher, engine)
     assert not batcher.failing
 
 
+@pytest.mark.parametrize("has_scored", [True, False])
+def test_a_dead_engine_is_given_up_and_logged_once(engine, caplog, has_scored):
+    batcher = Batcher(engine, lambda: 10_000, 0.0, Metrics())
+    batcher.start()
+    if has_scored:
+        assert rewards(batcher.submit("a", [sequence(0)])) == [0.0]
+    engine.broken = set(range(2000))
+    engine.batches.clear()
+    results = batcher.submit("a", [sequence(i) for i in range(1000)]).result(10)
+    assert {type(result) for result in results} == {EngineError}
+    assert batcher.failing
+    assert len(engine.batches) < 30
+    assert len([record for record in caplog.records if record.exc_info]) == 1
+    assert len(caplog.records) < 10
+    caplog.clear()
+    batcher.submit("a", [sequence(i) for i in range(1000)]).result(10)
+    assert not caplog.records
+    engine.broken = {7}  # it works again, but for one sequence
+    results = batcher.submit("a", [sequence(i) for i in range(100)]).result(10)
+    assert [i for i, result in enumerate(results) if isinstance(result, EngineError)] == [7]
+    assert not batcher.failing
+    batcher.stop()
+
+
 def test_sequences_wait_a_moment_for_others(engine):
     batcher = Batcher(engine, lambda: 30, 10.0, Metrics())
     batcher.start()
@@ -144,6 +168,15 @@ def test_stopping_drops_what_waits_and_ends_the_thread(engine):
     assert waiting.cancelled()
     assert batcher.submit("c", [sequence(2)]).cancelled()
     assert "adajudge-score" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_an_engine_that_hangs_is_not_waited_for(engine):
+    batcher = Batcher(engine, lambda: 100, 0.0, Metrics())
+    batcher.start()
+    hold(engine, batcher)
+    assert batcher.stop(patience=0.05) is False
+    engine.may_go_on.set()
+    assert batcher.stop() is True
 
 
 def test_nothing_is_answered_at_once(batcher):

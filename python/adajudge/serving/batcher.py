@@ -18,6 +18,7 @@ from adajudge.serving.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 _SHARES = 8  # requests that a batch has room for when all of them have much to be scored
+_UNPROVEN = 8  # sequences that an engine which never scored one may fail on before it is given up
 _RECENT = 0.2  # weight of the latest batch in the rate
 
 
@@ -78,8 +79,12 @@ class Batcher:
         """Start the thread."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """Drop what waits, and end the thread when its batch is done."""
+    def stop(self, patience: float | None = None) -> bool:
+        """Drop what waits, and end the thread when its batch is done.
+
+        Returns:
+            Whether it has ended, which is waited for as many seconds; ``None``: for as long as it takes.
+        """
         with self._changed:
             self._stopping = True
             owners = list(self._queues)
@@ -87,7 +92,8 @@ class Batcher:
         for owner in owners:
             self.drop(owner)
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(patience)
+        return not self._thread.is_alive()
 
     def submit(self, owner: object, rows: Sequence[EncodedRow]) -> Future[list[Score | ScoringError]]:
         """One result per sequence, in the future; sequences of an owner are scored in their order."""
@@ -132,10 +138,6 @@ class Batcher:
             self._metrics.busy.inc(seconds)
             self._metrics.batch_rows.observe(len(batch))
             scored = [row for row, result in zip(rows, results, strict=True) if isinstance(result, Score)]
-            if scored:
-                self._sound, self.failing = scored[-1], False
-            elif any(isinstance(result, EngineError) for result in results):
-                self.failing = self._sound is None or not isinstance(self._score([self._sound])[0], Score)
             self._metrics.rows.inc(len(scored))
             self._metrics.tokens.inc(sum(len(row) for row in scored))
             for (part, i), result in zip(batch, results, strict=True):
@@ -170,12 +172,52 @@ class Batcher:
             return batch
 
     def _score(self, rows: Sequence[EncodedRow]) -> list[Score | ScoringError]:
-        """One result per sequence; where the engine fails the halves are tried, so that one sequence fails alone."""
+        """One result per sequence; where the engine fails the halves are tried, so that one sequence fails alone.
+
+        Where it fails on a sequence that it has scored before, it is the engine: the rest of the batch is not tried.
+        """
+        results: list[Score | ScoringError] = []
+        alone = 0  # sequences that failed by themselves
+        waiting = [rows]
+        while waiting:
+            piece = waiting.pop()
+            try:
+                scores = self._scorer.score_encoded(piece)
+            except Exception as error:
+                if len(piece) > 1 and not (self.failing and self._sound):
+                    half = len(piece) // 2
+                    waiting += [piece[half:], piece[:half]]
+                    continue
+                alone += 1
+                if not self.failing:  # else the log has it
+                    text = "the engine failed on %d of a batch's sequences by themselves so far, here of %d tokens"
+                    logger.error(text, alone, len(piece[0]), exc_info=alone == 1)
+                if self._works() if self._sound else alone < _UNPROVEN:
+                    self.failing &= self._sound is None
+                    if len(piece) > 1:
+                        waiting.append(piece)
+                    else:
+                        results.append(_failed(error))
+                    continue
+                self.failing = True
+                results += [_failed(error)] * (len(rows) - len(results))
+                break
+            results += scores
+            for row, score in zip(piece, scores, strict=True):
+                if isinstance(score, Score):
+                    self._sound, self.failing = row, False
+        if alone and self._sound is None:
+            self.failing = True
+        return results
+
+    def _works(self) -> bool:
+        """Whether the engine scores what it has scored before."""
+        assert self._sound is not None
         try:
-            return self._scorer.score_encoded(rows)
-        except Exception as error:
-            if len(rows) == 1:
-                logger.exception("the engine failed on a sequence of %d tokens", len(rows[0]))
-                return [EngineError(f"the engine failed: {type(error).__name__}")]
-        half = len(rows) // 2
-        return self._score(rows[:half]) + self._score(rows[half:])
+            return isinstance(self._scorer.score_encoded([self._sound])[0], Score)
+        except Exception:  # the failure that is being looked into has been logged
+            return False
+
+
+def _failed(error: Exception) -> EngineError:
+    return EngineError(f"the engine failed: {type(error).__name__}")
