@@ -43,10 +43,12 @@ def running(scorer, **settings):
 
 
 class Process:
-    """``adajudge serve`` with these options, on a free port of the loopback."""
+    """``adajudge serve`` with these options, on a free port of the loopback; or a script that does it."""
 
-    def __init__(self, *options, **environment):
+    def __init__(self, *options, script=None, **environment):
         command = [sys.executable, "-m", "adajudge.cli", "serve", "--port", "0", *options]
+        if script is not None:
+            command = [sys.executable, "-c", script]
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,

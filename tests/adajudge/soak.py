@@ -23,7 +23,8 @@ from tests.adajudge.servers import Process, family_scorer
 CLIENTS = 32
 MALFORMED, DISCONNECTING = 0.01, 0.03
 NEAR = 1e-4
-_WORDS = "the ball and the goal . we saw the pan in the kitchen and I do not know what it is called ,".split()
+_TEXT = "the ball and the goal . we saw the pan in the kitchen and I do not know what it is called ,"
+_WORDS = _TEXT.split()
 _HEADERS = {"Content-Type": "application/json"}
 _MALFORMED = (
     ("/get_reward", b"{", 400),

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from adajudge import Scorer
 from adajudge.cli import main
-from adajudge.serving import Settings, serve
+from adajudge.serving import Ending, Settings, serve
 
 from tests.adajudge.servers import RENDERED, Process, Slowly, wait_until
 
@@ -79,18 +79,50 @@ def test_a_second_interrupt_ends_it_at_once(scorer, capfd):
                 for _ in range(2):
                     signal.raise_signal(signal.SIGINT)
                     time.sleep(0.3)
-                slow.may_go_on.set()  # only the thread that scores cannot be interrupted
                 ended.append(request.result().json()["error"]["type"])
 
         threading.Thread(target=go).start()
 
     before = signal.getsignal(signal.SIGINT)
-    assert serve(slow, Settings(), "127.0.0.1", 0, interrupt) is False
+    ending = serve(slow, Settings(), "127.0.0.1", 0, interrupt)
+    assert ending == Ending(drained=False, idle=False)  # the engine still works
     wait_until(lambda: ended)
     assert ended == ["shutting_down"]
     assert signal.getsignal(signal.SIGINT) is before
     assert "Traceback" not in capfd.readouterr().err
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("adajudge")]
+    slow.may_go_on.set()
+    wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith("adajudge")])
+
+
+_HANGING = """
+import sys, time
+from adajudge.cli import main, serve
+
+def load(*_):
+    scorer = load_scorer(*_)
+    scorer.score_encoded = lambda rows: print("busy", file=sys.stderr, flush=True) or time.sleep(600)
+    return scorer
+
+load_scorer, serve.load_scorer = serve.load_scorer, load
+sys.exit(main(["serve", "--port", "0"]))
+"""
+
+
+def test_a_second_interrupt_ends_a_process_whose_engine_hangs():
+    server = Process(script=_HANGING)
+    try:
+        with ThreadPoolExecutor() as threads:
+            request = threads.submit(httpx.post, f"{server.url}/get_reward", json=BODY, timeout=20)
+            assert any(line == "busy\n" for line in server.process.stderr)
+            server.process.send_signal(signal.SIGINT)
+            wait_until(lambda: httpx.get(f"{server.url}/health").json()["status"] == "draining")
+            started = time.monotonic()
+            code, errors = server.terminate(signal.SIGINT)
+            assert time.monotonic() - started < 3
+            assert request.result().json()["error"]["type"] == "shutting_down"
+        assert (code, errors) == (1, "")
+    finally:
+        server.kill()
 
 
 def refused(capsys, *options):

@@ -68,17 +68,28 @@ def run(args: argparse.Namespace) -> int:
                 f"set {_KEY} (or --api_key), or say --insecure"
             )
         scorer = load_scorer(args, args.device)
-        drained = serve(
+        ending = serve(
             scorer, settings, args.host, args.port, lambda url: _announce(url, settings.model_name, scorer)
         )
     except (OSError, OverflowError, ValueError) as error:
         print(f"adajudge serve: {error}", file=sys.stderr)
         return 2
-    return 0 if drained else 1
+    code = 0 if ending.drained else 1
+    if not ending.idle:
+        _exit(code)
+    return code
 
 
 def _name_of(model: str | None) -> str:
     return "adajudge-built-in" if model is None else os.path.basename(os.path.normpath(model))
+
+
+def _exit(code: int) -> None:
+    """End the process although a thread is in the engine, which an orderly end might wait for or crash on."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _announce(url: str, name: str, scorer: Scorer) -> None:

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 import uvicorn
 
@@ -53,12 +54,28 @@ class _Server(uvicorn.Server):
         while self._gate.in_flight and not self.force_exit and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         self.drained = not self._gate.in_flight
-        self._gate.service.abandon()
+        if not self.drained:
+            self._gate.service.abandon()
         self.force_exit = False  # what is left is quick
         await super().shutdown(sockets)
 
 
-def serve(scorer: Scorer, settings: Settings, host: str, port: int, announce: Callable[[str], None]) -> bool:
+@dataclass(frozen=True)
+class Ending:
+    """How a server ended.
+
+    Args:
+        drained: every accepted request was answered.
+        idle: no call of the engine was left behind, in a thread that only the end of the process ends.
+    """
+
+    drained: bool
+    idle: bool
+
+
+def serve(
+    scorer: Scorer, settings: Settings, host: str, port: int, announce: Callable[[str], None]
+) -> Ending:
     """Serve until SIGTERM or SIGINT.
 
     Args:
@@ -69,7 +86,7 @@ def serve(scorer: Scorer, settings: Settings, host: str, port: int, announce: Ca
         announce: called with the server's URL once it can be reached.
 
     Returns:
-        Whether every accepted request was answered.
+        Whether every accepted request was answered, and whether the engine is idle.
 
     Raises:
         OSError: the address cannot be bound.
@@ -91,7 +108,7 @@ def serve(scorer: Scorer, settings: Settings, host: str, port: int, announce: Ca
         )
         server = _Server(config, gate, settings.timeout + 5, lambda: announce(url))
         server.run(sockets=[listener])
-        return server.drained
+        return Ending(server.drained, gate.service.ended)
 
 
 def _allow_many_connections() -> None:

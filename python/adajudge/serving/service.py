@@ -31,6 +31,7 @@ _THREADS = 4  # that encode
 _CHUNK = 32  # responses that a thread encodes in one go
 _AHEAD = 32  # budgets of tokens that are encoded and wait; beyond, encoding waits
 _BODIES = 8  # bodies of the largest size that may be held at once
+_LAST_BATCH = 5.0  # seconds for a batch whose clients have all gone
 _LISTED = 100  # bad rows that an error lists
 
 
@@ -40,6 +41,9 @@ class Service:
     Args:
         scorer: of the judge.
         settings: limits.
+
+    Attributes:
+        ended: after `close`, whether the thread that scores has ended.
     """
 
     def __init__(self, scorer: Scorer, settings: Settings) -> None:
@@ -55,17 +59,20 @@ class Service:
         self._encoding = asyncio.Semaphore(_THREADS)
         self._accepted = 0  # rows
         self._held = 0  # bytes of bodies
+        self._abandoned = False
+        self.ended = False
         self._working: set[asyncio.Future[Response]] = set()
 
     def abandon(self) -> None:
-        """Refuse what was accepted and is not answered yet, with 503."""
+        """Refuse what was accepted and is not answered yet, with 503, and wait for no thread."""
+        self._abandoned = True
         for task in self._working:
             task.cancel()
 
     def close(self) -> None:
-        """End the threads; what still waits is dropped."""
-        self.batcher.stop()
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        """End the threads; what still waits is dropped, and an engine that works on is waited for a moment only."""
+        self.ended = self.batcher.stop(0.0 if self._abandoned else _LAST_BATCH)
+        self._threads.shutdown(wait=not self._abandoned, cancel_futures=True)
 
     async def answer(self, request: Request, wire: WireFormat) -> Response:
         """Answer one request, or raise `ServingError`."""
