@@ -1,8 +1,10 @@
 """What a server refuses, and when: keys, hosts, sizes, a full queue, slow requests, clients that go away."""
 
 import base64
+import gc
 import json
 import socket
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -129,6 +131,29 @@ def test_bodies_that_are_held_are_bounded_in_bytes(scorer, slow):
         slow.may_go_on.set()
         assert {future.result().status_code for future in accepted} == {200}
         assert client.service._held == 0
+
+
+def test_what_nobody_looks_at_is_not_kept_while_rows_are_scored(scorer, slow):
+    many = json.dumps([[]] * 100_000).encode()
+    rows = json.dumps({"rows": [{"prompt": PROMPT, "response": RESPONSE, "x": [[]] * 100_000}]}).encode()
+    bodies = (("/get_reward", b'{"query": ["%s"], "labels": %s}' % (RENDERED.encode(), many)),
+              ("/v1/rewards", rows))  # fmt: skip
+    with running(slow) as client, ThreadPoolExecutor() as threads:
+        tracemalloc.start()
+        try:
+            for path, body in bodies:
+                slow.may_go_on.clear()
+                seen, before = len(slow.batches), tracemalloc.get_traced_memory()[0]
+                headers = {"Content-Type": "application/json"}
+                answer = threads.submit(client.post, path, content=body, headers=headers)
+                wait_until(lambda seen=seen: len(slow.batches) > seen)
+                gc.collect()
+                assert tracemalloc.get_traced_memory()[0] - before < len(body) / 2, path
+                slow.may_go_on.set()
+                assert answer.result().status_code == 200
+        finally:
+            slow.may_go_on.set()
+            tracemalloc.stop()
 
 
 def test_a_request_that_takes_too_long_is_504_and_its_rows_are_dropped(scorer, slow):

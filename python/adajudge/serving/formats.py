@@ -11,7 +11,7 @@ import struct
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -66,19 +66,21 @@ Outcome = tuple[Score, ...] | Fault
 
 
 class _Request(BaseModel):
-    """Fields of any request; more may come."""
+    """Fields of any request; more may come and are not kept."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="ignore", strict=True)
 
     model: str | None = Field(None, description="not looked at: a server has one judge, named in the answer")
 
-    @model_validator(mode="after")
-    def _refuse_what_is_not_served(self) -> _Request:
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_not_served(cls, content: Any) -> Any:
+        given = content if isinstance(content, dict) else {}
         for name, (allowed, reason) in _NOT_SERVED.items():
-            value = (self.model_extra or {}).get(name)
+            value = given.get(name)
             if value is not None and value not in allowed:
                 raise ValueError(f"{name}: {reason}")
-        return self
+        return content
 
 
 # Fields of vLLM, SGLang and OpenAI that would change the score: what may stand there, and what to say of the rest.
@@ -196,14 +198,15 @@ class WireFormat:
         path: of the endpoint.
         request: the fields it reads.
         items: what is to be scored, one after another; a `Fault` where that cannot be told.
-        answer: the answer's body from the request, the outcomes and the judge's name.
+        answer: the answer's body from the form of its vectors (``encoding_format``), the items, their outcomes and the judge's
+            name.
         carries_errors: whether an answer has a place for the error of a row; else any bad row refuses the request.
     """
 
     path: str
     request: type[BaseModel]
     items: Callable[[Any], Iterator[Item]]
-    answer: Callable[[Any, list[Item], Sequence[Outcome], str], dict[str, Any]]
+    answer: Callable[[str, list[Item], Sequence[Outcome], str], dict[str, Any]]
     carries_errors: bool = False
 
 
@@ -225,7 +228,9 @@ def _rendered(value: object, field: str, add_bos: bool) -> Item:
 
 def _row(record: object, index: int) -> Item:
     row = parse_row(record, index)
-    return row if isinstance(row, Row) else fault_of(row)
+    return (
+        replace(row, extra={}) if isinstance(row, Row) else fault_of(row)
+    )  # no answer has the other columns
 
 
 def fault_of(error: RowError) -> Fault:
@@ -306,19 +311,19 @@ def _vector(reward: float, encoding_format: str) -> list[float] | str:
     return base64.b64encode(struct.pack("<f", reward)).decode() if encoding_format == "base64" else [reward]
 
 
-def _answer_pooling(request: Pooling, _: Any, outcomes: Sequence[Outcome], model: str) -> dict[str, Any]:
+def _answer_pooling(encoding_format: str, _: Any, outcomes: Sequence[Outcome], model: str) -> dict[str, Any]:
     data = [
-        {"index": i, "object": "pooling", "data": _vector(reward, request.encoding_format)}
+        {"index": i, "object": "pooling", "data": _vector(reward, encoding_format)}
         for i, reward in enumerate(_rewards(outcomes))
     ]
     return _listed("pool", model, data, outcomes)
 
 
 def _answer_embeddings(
-    request: Embeddings, _: Any, outcomes: Sequence[Outcome], model: str
+    encoding_format: str, _: Any, outcomes: Sequence[Outcome], model: str
 ) -> dict[str, Any]:
     data = [
-        {"index": i, "object": "embedding", "embedding": _vector(reward, request.encoding_format)}
+        {"index": i, "object": "embedding", "embedding": _vector(reward, encoding_format)}
         for i, reward in enumerate(_rewards(outcomes))
     ]
     return _listed("embd", model, data, outcomes)

@@ -11,7 +11,6 @@ from collections.abc import Awaitable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
 
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
@@ -103,7 +102,7 @@ class Service:
                     )
                 if self._held > _BODIES * self.settings.max_body:
                     raise self._busy("too many bytes of requests are held")
-            return await self._unless_disconnected(request, self._score_body(bytes(body), wire))
+            return await self._unless_disconnected(request, self._score_body(body, wire))
         finally:
             self._held -= held
 
@@ -128,10 +127,11 @@ class Service:
                 with suppress(asyncio.CancelledError, Exception):
                     await task
 
-    async def _score_body(self, body: bytes, wire: WireFormat) -> Response:
+    async def _score_body(self, body: bytearray, wire: WireFormat) -> Response:
         loop = asyncio.get_running_loop()
         limit = self.settings.max_rows
-        request, items = await loop.run_in_executor(self._threads, _parse, body, wire, limit)
+        encoding_format, items = await loop.run_in_executor(self._threads, _parse, body, wire, limit)
+        body.clear()  # those who wait for the answer hold it, too
         rows = sum(map(_responses_of, items))
         if self._accepted + rows > self.settings.max_queue:
             raise self._busy(f"{self._accepted} responses are being scored")
@@ -145,7 +145,7 @@ class Service:
             self.metrics.bad_rows.labels(fault.kind).inc()
         if faults and not wire.carries_errors:
             raise _refusal(faults, len(items))
-        return JSONAnswer(wire.answer(request, items, outcomes, self.settings.model_name))
+        return JSONAnswer(wire.answer(encoding_format, items, outcomes, self.settings.model_name))
 
     def _accept(self, rows: int) -> None:
         self._accepted += rows
@@ -232,7 +232,8 @@ def _responses_of(item: Item) -> int:
     return len(item.responses) if isinstance(item, Row) else 1
 
 
-def _parse(body: bytes, wire: WireFormat, max_rows: int) -> tuple[Any, list[Item]]:
+def _parse(body: bytearray, wire: WireFormat, max_rows: int) -> tuple[str, list[Item]]:
+    """The form of the answer's vectors, and the items; nothing else of the request is kept while it is scored."""
     try:
         content = json.loads(body)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
@@ -253,7 +254,7 @@ def _parse(body: bytes, wire: WireFormat, max_rows: int) -> tuple[Any, list[Item
                 413, "too_many_rows", f"more than {max_rows} responses came, the most of a request"
             )
         items.append(item)
-    return request, items
+    return getattr(request, "encoding_format", "float"), items
 
 
 def _pieces(items: list[Item]) -> Iterator[list[tuple[int, Item]]]:
