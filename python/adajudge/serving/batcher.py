@@ -189,16 +189,20 @@ class Batcher:
                     waiting += [piece[half:], piece[:half]]
                     continue
                 alone += 1
-                if not self.failing:  # else the log has it
-                    text = "the engine failed on %d of a batch's sequences by themselves so far, here of %d tokens"
-                    logger.error(text, alone, len(piece[0]), exc_info=alone == 1)
+                if alone == 1 and not self.failing:  # else the log has it
+                    logger.exception("the engine failed on a sequence of %d tokens", len(piece[0]))
                 if self._works() if self._sound else alone < _UNPROVEN:
-                    self.failing &= self._sound is None
+                    if self._sound:
+                        self.failing = False
                     if len(piece) > 1:
                         waiting.append(piece)
                     else:
                         results.append(_failed(error))
                     continue
+                if not self.failing:
+                    logger.error(
+                        "the engine fails on what it should score; the rest of its batch is given up"
+                    )
                 self.failing = True
                 results += [_failed(error)] * (len(rows) - len(results))
                 break
