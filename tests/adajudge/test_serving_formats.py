@@ -277,7 +277,7 @@ def test_many_candidates_of_a_prompt_are_one_row(client, scorer):
     expected = next(scorer.score([rows[1]]))
     assert [item["reward"] for item in many["candidates"]] == near([s.reward for s in expected.scores])
     assert first["reward"] == last["reward"] == near(next(scorer.score([ROW])).scores[0].reward)
-    assert (refused["id"], refused["error"]["field"]) == ("bad", "response")
+    assert (refused["id"], refused["error"]["field"]) == ("bad", "responses[99]")
 
 
 def test_an_error_quotes_no_megabytes(client):

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Awaitable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -161,15 +162,18 @@ class Service:
         """One outcome per item. With `stop_at_faults` nothing more is scored once a row turns out to be bad."""
         owner = object()
         faults: dict[int, Fault] = {}
+        responses = [0] * len(items)  # that were encoded
         places: list[int] = []  # of the items whose sequences were submitted
         parts: list[asyncio.Future[list[Score | ScoringError]]] = []
         try:
             for piece in _pieces(items):
                 encoded = await self._encode([item for _, item in piece])
                 rows: list[EncodedRow] = []
-                for (place, _), sequences in zip(piece, encoded, strict=True):
+                for (place, item), sequences in zip(piece, encoded, strict=True):
+                    before = responses[place]  # of a row that was divided
+                    responses[place] += _responses_of(item)
                     if isinstance(sequences, Fault):
-                        faults.setdefault(place, sequences)
+                        faults.setdefault(place, _behind(sequences, before))
                     else:
                         rows += sequences
                         places += [place] * len(sequences)
@@ -274,6 +278,12 @@ def _pieces(items: list[Item]) -> Iterator[list[tuple[int, Item]]]:
             filled += _responses_of(part)
     if piece:
         yield piece
+
+
+def _behind(fault: Fault, before: int) -> Fault:
+    """The fault of a part of a row, the response counted in the whole row."""
+    found = re.fullmatch(r"responses\[(\d+)\]", fault.field)
+    return replace(fault, field=f"responses[{before + int(found[1])}]") if found else fault
 
 
 def _outcome(scores: list[Score | ScoringError]) -> Outcome:
