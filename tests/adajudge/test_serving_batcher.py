@@ -181,3 +181,12 @@ def test_an_engine_that_hangs_is_not_waited_for(engine):
 
 def test_nothing_is_answered_at_once(batcher):
     assert batcher.submit("a", []).result(0) == []
+
+
+def test_what_was_cut_is_counted(engine):
+    metrics = Metrics()
+    batcher = Batcher(engine, lambda: 100, 0.0, metrics)
+    batcher.start()
+    batcher.submit("one", [sequence(1), EncodedRow([2] * 10, 1, prompt_tokens_cut=3)]).result(10)
+    batcher.stop()
+    assert metrics.registry.get_sample_value("adajudge_truncated_rows_total") == 1.0

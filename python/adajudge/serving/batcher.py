@@ -140,6 +140,7 @@ class Batcher:
             scored = [row for row, result in zip(rows, results, strict=True) if isinstance(result, Score)]
             self._metrics.rows.inc(len(scored))
             self._metrics.tokens.inc(sum(len(row) for row in scored))
+            self._metrics.truncated.inc(sum(row.truncated for row in scored))
             for (part, i), result in zip(batch, results, strict=True):
                 part.results[i] = result
                 part.remaining -= 1

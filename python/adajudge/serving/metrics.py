@@ -29,6 +29,9 @@ class Metrics:
         self.bad_rows = Counter("adajudge_bad_rows", "Rows without a score.", ["type"], registry=registry)
         self.rows = Counter("adajudge_rows", "Responses scored.", registry=registry)
         self.tokens = Counter("adajudge_tokens", "Tokens of the responses scored.", registry=registry)
+        self.truncated = Counter(
+            "adajudge_truncated_rows", "Responses scored of which something was cut.", registry=registry
+        )
         self.accepted = Gauge(
             "adajudge_rows_accepted", "Responses accepted and not yet answered.", registry=registry
         )
