@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
@@ -120,6 +121,23 @@ def test_standard_input_to_standard_output(tmp_path, capsys, monkeypatch):
     captured = capsys.readouterr()
     assert [json.loads(line)["id"] for line in captured.out.splitlines()] == ["good"]
     assert '"line": 2' in captured.err
+
+
+def test_a_pipe_that_stays_open_is_answered_window_by_window(monkeypatch):
+    """With two windows in advance, as the documentation says."""
+    pipe = io.BytesIO()
+    answered = []
+
+    def rows():
+        for number in range(5):
+            answered.append(pipe.getvalue().count(b"\n"))
+            yield json.dumps(GOOD | {"id": str(number)}).encode() + b"\n"
+
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=rows()))
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(pipe))
+    assert main(["score", "-", "--output", "-", "--window", "1"]) == 0
+    assert answered == [0, 0, 0, 1, 2]
+    assert pipe.getvalue().count(b"\n") == 5
 
 
 def test_unknown_words_are_scored_only_on_request(tmp_path):

@@ -19,7 +19,8 @@ from adajudge.cli import main
 from adajudge.data import DataFileError, Message, Row
 from adajudge.scoring import JobError, ScoringJob
 from adajudge.scoring.parts import PartFolder
-from adajudge.scoring.ranks import Ranks
+from adajudge.scoring.ranks import RankError, Ranks
+from torch.distributed import HashStore
 from transformers import Qwen3Config
 
 from tests.adajudge.chat_templates.families import family_tokenizer
@@ -340,7 +341,7 @@ def test_a_refused_job_lets_go_of_its_lock(judge, tmp_path):
     refused = ScoringJob(scorer, output)
     errors = []
     for _ in range(2):
-        with pytest.raises(JobError, match="window was 4, is 5.*--fresh") as error:
+        with pytest.raises(JobError, match=r"window was 4, is 5.*--fresh") as error:
             refused.__enter__()
         errors.append(error.value)
     with ScoringJob(scorer, output, fresh=True) as job:
@@ -438,6 +439,75 @@ def test_a_rank_that_was_asked_for_something_else_stops_all(small, adajudge, tmp
     assert [adajudge.wait(process) for process in processes] == [2, 2]
     assert "rank 0 and rank 1 were asked for different things: max_length was 96, is 50" in log.read_text()
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_before_the_job_begins_stops_all(small, rank, monkeypatch, tmp_path, capsys):
+    """Loading the judge fails in one of two processes; the other one is told, wherever it waits."""
+    store = HashStore()
+    monkeypatch.setattr(Ranks, "from_environment", lambda: Ranks(rank, 2, store=store))
+    assert main([*small, str(tmp_path / "out.jsonl"), "--model", "nowhere"]) == 2
+    reason = "nowhere: no config.json there"
+    assert reason in capsys.readouterr().err
+    other = Ranks(1 - rank, 2, store=store)
+    other.finish()
+    with pytest.raises(RankError, match=f"rank {rank}: .*{reason}"):
+        other.wait_for_others()
+    if rank == 0:
+        with pytest.raises(RankError, match=f"rank 0: .*{reason}"):
+            other.from_first(lambda: None)
+
+
+def test_a_crash_is_no_exit_code_of_a_finished_job(small, tmp_path, monkeypatch, capsys):
+    """Exit code 1 says that all other rows are in OUT."""
+    score_window = Scorer._score_window
+    windows = []
+
+    def crash(self, window, items):
+        windows.append(window)
+        if len(windows) == 3:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return score_window(self, window, items)
+
+    output = tmp_path / "out.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(Scorer, "_score_window", crash)
+        assert main([*small, str(output)]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert "RuntimeError: CUDA error: an illegal memory access" in said
+    assert "adajudge score: crashed with RuntimeError" in said
+    assert f"{output}.parts, and the same command goes on from there; {output} does not exist" in said
+    assert main([*small, str(output)]) == 1
+    assert "10 rows are scored already" in capsys.readouterr().err
+
+
+def test_the_output_has_its_name_on_the_disk_before_the_parts_go(small, tmp_path, monkeypatch):
+    """After a loss of power there is one or the other."""
+    output, done = tmp_path / "out.jsonl", []
+    fsync, replace, unlink = os.fsync, os.replace, Path.unlink
+
+    def note_sync(descriptor):
+        fsync(descriptor)
+        if os.path.samestat(os.fstat(descriptor), os.stat(tmp_path)):
+            done.append("folder synced")
+
+    def note_name(source, target):
+        replace(source, target)
+        if str(target) == str(output):
+            done.append("named")
+
+    def note_unlink(path, missing_ok=False):
+        unlink(path, missing_ok)
+        if path.name == "job.json":
+            done.append("job removed")
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_name)
+    monkeypatch.setattr(Path, "unlink", note_unlink)
+    assert main([*small, str(output)]) == 1
+    assert done[done.index("named") :][:2] == ["named", "folder synced"]
+    assert done.index("job removed") > done.index("named") + 1
 
 
 def test_torchrun_is_not_told_to_restart_a_finished_job(small, tmp_path, monkeypatch, capsys):

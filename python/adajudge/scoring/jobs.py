@@ -268,6 +268,15 @@ def job_folder(output: str) -> Path:
     return Path(f"{output}.parts")
 
 
+def holds_parts_since(output: str, time_ns: int) -> bool:
+    """Whether a job has left parts that were written after so many nanoseconds of the epoch, and can go on."""
+    folder = job_folder(output)
+    if not (folder / _DESCRIPTION).is_file():
+        return False
+    parts = (entry for entry in folder.iterdir() if is_part_folder(entry.name))
+    return any(entry.stat().st_mtime_ns >= time_ns for entry in parts)
+
+
 def error_file(output: str) -> str:
     """Where the rows of a job go that cannot be scored."""
     return f"{output}.errors.jsonl"
