@@ -458,58 +458,6 @@ def test_a_rank_that_fails_before_the_job_begins_stops_all(small, rank, monkeypa
             other.from_first(lambda: None)
 
 
-def test_a_crash_is_no_exit_code_of_a_finished_job(small, tmp_path, monkeypatch, capsys):
-    """Exit code 1 says that all other rows are in OUT."""
-    score_window = Scorer._score_window
-    windows = []
-
-    def crash(self, window, items):
-        windows.append(window)
-        if len(windows) == 3:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        return score_window(self, window, items)
-
-    output = tmp_path / "out.jsonl"
-    with monkeypatch.context() as patch:
-        patch.setattr(Scorer, "_score_window", crash)
-        assert main([*small, str(output)]) == 2
-    said = capsys.readouterr().err
-    assert "Traceback" in said
-    assert "RuntimeError: CUDA error: an illegal memory access" in said
-    assert "adajudge score: crashed with RuntimeError" in said
-    assert f"{output}.parts, and the same command goes on from there; {output} does not exist" in said
-    assert main([*small, str(output)]) == 1
-    assert "10 rows are scored already" in capsys.readouterr().err
-
-
-def test_the_output_has_its_name_on_the_disk_before_the_parts_go(small, tmp_path, monkeypatch):
-    """After a loss of power there is one or the other."""
-    output, done = tmp_path / "out.jsonl", []
-    fsync, replace, unlink = os.fsync, os.replace, Path.unlink
-
-    def note_sync(descriptor):
-        fsync(descriptor)
-        if os.path.samestat(os.fstat(descriptor), os.stat(tmp_path)):
-            done.append("folder synced")
-
-    def note_name(source, target):
-        replace(source, target)
-        if str(target) == str(output):
-            done.append("named")
-
-    def note_unlink(path, missing_ok=False):
-        unlink(path, missing_ok)
-        if path.name == "job.json":
-            done.append("job removed")
-
-    monkeypatch.setattr(os, "fsync", note_sync)
-    monkeypatch.setattr(os, "replace", note_name)
-    monkeypatch.setattr(Path, "unlink", note_unlink)
-    assert main([*small, str(output)]) == 1
-    assert done[done.index("named") :][:2] == ["named", "folder synced"]
-    assert done.index("job removed") > done.index("named") + 1
-
-
 def test_torchrun_is_not_told_to_restart_a_finished_job(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     assert main([*small, str(tmp_path / "out.jsonl")]) == 0
