@@ -452,8 +452,9 @@ def test_a_rank_that_fails_before_the_job_begins_stops_all(small, rank, monkeypa
     other = Ranks(1 - rank, 2, store=store)
     other.finish()
     with pytest.raises(RankError, match=f"rank {rank}: .*{reason}"):
-        other.wait_for_others()
+        other.wait_for_others(lambda: pytest.fail("it was not told"))
     if rank == 0:
+        assert store.check(["made"])
         with pytest.raises(RankError, match=f"rank 0: .*{reason}"):
             other.from_first(lambda: None)
 
