@@ -8,9 +8,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
+from adajudge import Scorer
 from adajudge.cli import main
 from adajudge.scoring import BUILT_IN_JUDGE
 
@@ -120,6 +122,23 @@ def test_standard_input_to_standard_output(tmp_path, capsys, monkeypatch):
     captured = capsys.readouterr()
     assert [json.loads(line)["id"] for line in captured.out.splitlines()] == ["good"]
     assert '"line": 2' in captured.err
+
+
+def test_a_pipe_that_stays_open_is_answered_window_by_window(monkeypatch):
+    """With two windows in advance, as the documentation says."""
+    pipe = io.BytesIO()
+    answered = []
+
+    def rows():
+        for number in range(5):
+            answered.append(pipe.getvalue().count(b"\n"))
+            yield json.dumps(GOOD | {"id": str(number)}).encode() + b"\n"
+
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=rows()))
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(pipe))
+    assert main(["score", "-", "--output", "-", "--window", "1"]) == 0
+    assert answered == [0, 0, 0, 1, 2]
+    assert pipe.getvalue().count(b"\n") == 5
 
 
 def test_unknown_words_are_scored_only_on_request(tmp_path):
@@ -281,6 +300,61 @@ def test_what_was_scored_before_the_input_broke_is_named_and_taken_up_when_it_is
     assert "of these now 188 rows" in captured.out
     assert [record["id"] for record in read_lines(output)] == [str(i) for i in range(700)]
     assert not Path(f"{output}.parts").exists()
+
+
+def test_a_crash_is_no_exit_code_of_a_finished_job(tmp_path, monkeypatch, capsys):
+    """Exit code 1 says that all other rows are in OUT."""
+    score_window = Scorer._score_window
+    windows = []
+
+    def crash(self, window, items):
+        windows.append(window)
+        if len(windows) == 3:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return score_window(self, window, items)
+
+    source = write_lines(tmp_path / "in.jsonl", {}, *(PAIR | {"id": str(i)} for i in range(3)))
+    output = tmp_path / "out.jsonl"
+    command = ["score", source, "--window", "1", "--output", str(output)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Scorer, "_score_window", crash)
+        assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert "RuntimeError: CUDA error: an illegal memory access" in said
+    assert "adajudge score: crashed with RuntimeError" in said
+    assert f"{output}.parts, and the same command goes on from there; {output} does not exist" in said
+    assert main(command) == 1
+    assert "2 rows are scored already" in capsys.readouterr().err
+
+
+def test_the_output_has_its_name_on_the_disk_before_the_parts_go(tmp_path, monkeypatch):
+    """After a loss of power there is one or the other."""
+    source = write_lines(tmp_path / "in.jsonl", PAIR)
+    output, done = tmp_path / "out.jsonl", []
+    fsync, replace, unlink = os.fsync, os.replace, Path.unlink
+
+    def note_sync(descriptor):
+        fsync(descriptor)
+        if os.path.samestat(os.fstat(descriptor), os.stat(tmp_path)):
+            done.append("folder synced")
+
+    def note_name(source, target):
+        replace(source, target)
+        if str(target) == str(output):
+            done.append("named")
+
+    def note_unlink(path, missing_ok=False):
+        unlink(path, missing_ok)
+        if path.name == "job.json":
+            done.append("job removed")
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_name)
+    monkeypatch.setattr(Path, "unlink", note_unlink)
+    assert main(["score", source, "--output", str(output)]) == 0
+    assert done[done.index("named") :][:2] == ["named", "folder synced"]
+    assert done.index("job removed") > done.index("named") + 1
 
 
 def test_abbreviated_options_are_refused(tmp_path):

@@ -19,7 +19,8 @@ from adajudge.cli import main
 from adajudge.data import DataFileError, Message, Row
 from adajudge.scoring import JobError, ScoringJob
 from adajudge.scoring.parts import PartFolder
-from adajudge.scoring.ranks import Ranks
+from adajudge.scoring.ranks import RankError, Ranks
+from torch.distributed import HashStore
 from transformers import Qwen3Config
 
 from tests.adajudge.chat_templates.families import family_tokenizer
@@ -331,6 +332,34 @@ def test_two_jobs_for_one_output_at_once_are_refused(judge, tmp_path):
         ScoringJob(scorer, tmp_path / "out.jsonl").__enter__()
 
 
+def test_a_refused_job_lets_go_of_its_lock(judge, tmp_path):
+    """What the message advises can be followed while the error is still at hand."""
+    output = tmp_path / "out.jsonl"
+    with ScoringJob(Scorer.from_pretrained(judge, window=4), output):
+        pass
+    scorer = Scorer.from_pretrained(judge, window=5)
+    refused = ScoringJob(scorer, output)
+    errors = []
+    for _ in range(2):
+        with pytest.raises(JobError, match=r"window was 4, is 5.*--fresh") as error:
+            refused.__enter__()
+        errors.append(error.value)
+    with ScoringJob(scorer, output, fresh=True) as job:
+        assert job.resumed == set()
+    assert len(errors) == 2
+
+
+def test_a_rank_that_differs_lets_go_of_its_lock(judge, tmp_path, monkeypatch):
+    output = tmp_path / "out.jsonl"
+    job = ScoringJob(Scorer.from_pretrained(judge), output)
+    with monkeypatch.context() as patch:
+        patch.setattr(Ranks, "from_first", lambda self, make: make() | {"asked": {"window": 4}})
+        with pytest.raises(JobError, match="were asked for different things"):
+            job.__enter__()
+    with ScoringJob(Scorer.from_pretrained(judge), output):
+        pass
+
+
 def test_a_job_from_python(judge, tmp_path):
     rows = [Row(str(i), i, "single", (Message("user", "the cat"),), ("sat",)) for i in range(1, 12)]
     with ScoringJob(Scorer.from_pretrained(judge, window=4), tmp_path / "out.jsonl") as job:
@@ -361,14 +390,15 @@ def test_the_command_killed_and_run_again(judge, tmp_path):
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def start_ranks(adajudge, size, log, *command):
-    """Processes as torchrun starts them; the first one keeps the store."""
+def start_ranks(adajudge, log, *commands):
+    """Processes as torchrun starts them, with a command each; the first one keeps the store."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {"WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
-        adajudge.start(log, *command, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(size)
+        adajudge.start(log, *command, **common, RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank, command in enumerate(commands)
     ]
 
 
@@ -378,7 +408,7 @@ def test_any_number_of_processes_goes_on_with_what_another_number_began(
     assert main([*small, str(tmp_path / "whole.jsonl")]) == 1
     log = tmp_path / "log"
     interrupted(2, *small[1:], tmp_path / "a.jsonl")
-    processes = start_ranks(adajudge, 3, log, *small, tmp_path / "a.jsonl")
+    processes = start_ranks(adajudge, log, *[[*small, tmp_path / "a.jsonl"]] * 3)
     assert [adajudge.wait(process) for process in processes] == [1, 0, 0], log.read_text()
     assert outputs(tmp_path, "a") == outputs(tmp_path, "whole")
     assert "10 rows are scored already" in log.read_text()
@@ -389,7 +419,7 @@ def test_two_processes_killed_and_one_goes_on(judge, adajudge, tmp_path, capsys)
     source, log = write(tmp_path / "in.jsonl", records(600)), tmp_path / "log"
     command = ["score", str(source), "--model", str(judge), "--window", "10", "--no-table", "--output"]
     output = tmp_path / "out.jsonl"
-    processes = start_ranks(adajudge, 2, log, *command, output)
+    processes = start_ranks(adajudge, log, *[[*command, output]] * 2)
     while len(parts_of(output)) < 12 and not adajudge.has_ended(processes[0]):
         time.sleep(0.002)
     killed = [adajudge.kill(process) for process in processes]
@@ -404,16 +434,29 @@ def test_two_processes_killed_and_one_goes_on(judge, adajudge, tmp_path, capsys)
 
 def test_a_rank_that_was_asked_for_something_else_stops_all(small, adajudge, tmp_path):
     log = tmp_path / "log"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    processes = [
-        adajudge.start(log, *small, tmp_path / "out.jsonl", *options, **common, RANK=rank, LOCAL_RANK=rank)
-        for rank, options in (("0", []), ("1", ["--max_length", "50"]))
-    ]
+    command = [*small, tmp_path / "out.jsonl"]
+    processes = start_ranks(adajudge, log, command, [*command, "--max_length", "50"])
     assert [adajudge.wait(process) for process in processes] == [2, 2]
     assert "rank 0 and rank 1 were asked for different things: max_length was 96, is 50" in log.read_text()
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_before_the_job_begins_stops_all(small, rank, monkeypatch, tmp_path, capsys):
+    """Loading the judge fails in one of two processes; the other one is told, wherever it waits."""
+    store = HashStore()
+    monkeypatch.setattr(Ranks, "from_environment", lambda: Ranks(rank, 2, store=store))
+    assert main([*small, str(tmp_path / "out.jsonl"), "--model", "nowhere"]) == 2
+    reason = "nowhere: no config.json there"
+    assert reason in capsys.readouterr().err
+    other = Ranks(1 - rank, 2, store=store)
+    other.finish()
+    with pytest.raises(RankError, match=f"rank {rank}: .*{reason}"):
+        other.wait_for_others(lambda: pytest.fail("it was not told"))
+    if rank == 0:
+        assert store.check(["made"])
+        with pytest.raises(RankError, match=f"rank 0: .*{reason}"):
+            other.from_first(lambda: None)
 
 
 def test_torchrun_is_not_told_to_restart_a_finished_job(small, tmp_path, monkeypatch, capsys):

@@ -146,6 +146,16 @@ def test_wrong_options_are_said_before_the_judge_is_loaded(capsys):
     assert "max_length: 999 came" in refused(capsys, "--max-length", "999")
 
 
+def test_a_crash_is_exit_code_two(capsys, monkeypatch):
+    def crash(*arguments):
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr("adajudge.serving.serve", crash)
+    said = refused(capsys)
+    assert "RuntimeError: CUDA error: unspecified launch failure" in said
+    assert "adajudge serve: crashed with RuntimeError" in said
+
+
 def test_a_port_in_use_is_an_error_of_one_line(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "in use" in refused(capsys, "--port", str(taken.getsockname()[1]))

@@ -18,7 +18,7 @@ _COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code (0 done, 1 rows or work failed, 2 wrong usage)."""
+    """Run a command; returns the exit code (0 done, 1 rows or work failed, 2 wrong usage or, of score and serve, a crash)."""
     parser = argparse.ArgumentParser(
         prog="adajudge", description="AdaJudge reward models: score, train and serve.", allow_abbrev=False
     )

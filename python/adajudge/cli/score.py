@@ -1,7 +1,7 @@
 """Score the rows of a file with a judge.
 
 Exit code 0: every row scored. 1: some rows could not be (each has a record in the error file, every other row is
-in the output). 2: the input, the output or the judge cannot be used at all.
+in the output). 2: the input, the output or the judge cannot be used at all, or scoring crashed.
 
 What is scored is kept in parts in the folder OUT.parts until all is. Killed at any moment, the same command goes on.
 """
@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,41 +54,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Score `args.input` into `args.output`."""
     from adajudge.data import DataFileError, read_rows
-    from adajudge.scoring.ranks import RankError
+    from adajudge.scoring.ranks import RankError, Ranks
 
     started = time.time_ns()
     try:
-        _check_outputs(args)
-        ranks = _ranks(args)
-        reader = read_rows(args.input, keep_ties=True)
-        scorer = _load(args, ranks)
-        return _score(args, reader, scorer, ranks)
+        ranks = Ranks.from_environment()
+        with ranks.told_of_errors():
+            _check_ranks(args, ranks)
+            _check_outputs(args)
+            reader = read_rows(args.input, keep_ties=True)
+            scorer = _load(args, ranks)
+            return _score(args, reader, scorer, ranks)
+    except ModuleNotFoundError:  # the command line says what to install
+        raise
     except (DataFileError, OSError, ValueError, RankError, KeyboardInterrupt) as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         print(f"adajudge score: {'interrupted' if interrupted else error}", file=sys.stderr)
         _print_what_is_left(args.output, started)
         return 130 if interrupted else 2
+    except (
+        Exception
+    ) as error:  # a fault of a kernel, the device or this program; 1 would say that OUT is there
+        traceback.print_exc()
+        print(f"adajudge score: crashed with {type(error).__name__}, see above", file=sys.stderr)
+        _print_what_is_left(args.output, started)
+        return 2
 
 
 def _print_what_is_left(output: str, started: int) -> None:
     """Where the work of this run is, if it left any."""
-    folder = Path(f"{output}.parts")
-    if output == "-" or not (folder / "job.json").is_file():
-        return
-    if any(part.stat().st_mtime_ns >= started for part in folder.iterdir() if part.is_dir()):
+    from adajudge.scoring.jobs import holds_parts_since, job_folder
+
+    if output != "-" and holds_parts_since(output, started):
         state = "is as it was before" if os.path.exists(output) else "does not exist"
         print(
-            f"what was scored until then is in {folder}, and the same command goes on from there; {output} {state}",
+            f"what was scored until then is in {job_folder(output)}, and the same command goes on from there; "
+            f"{output} {state}",
             file=sys.stderr,
         )
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
     """The input is not lost: nothing that the command writes or removes may be it. Nor is any of it a folder."""
+    from adajudge.scoring.jobs import error_file, job_folder
+
     source, target = args.input, args.output
-    written = [] if target == "-" else [target, f"{target}.errors.jsonl"]
-    if target != "-" and os.path.isdir(f"{target}.errors.jsonl"):
-        raise ValueError(f"--output {target}: its error file {target}.errors.jsonl is a folder")
+    errors = error_file(target)
+    written = [] if target == "-" else [target, errors]
+    if target != "-" and os.path.isdir(errors):
+        raise ValueError(f"--output {target}: its error file {errors} is a folder")
     if args.plot is not None:
         _check_plot(args.plot)
         if any(os.path.abspath(name) == os.path.abspath(args.plot) for name in written):
@@ -95,7 +110,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
         written.append(args.plot)
     if source == "-" or not os.path.exists(source):
         return
-    parts = Path(f"{target}.parts").resolve()
+    parts = job_folder(target).resolve()
     overwritten = any(os.path.exists(name) and os.path.samefile(source, name) for name in written)
     if overwritten or (target != "-" and parts in Path(source).resolve().parents):
         raise ValueError(f"--output {target}: the input {source} would be overwritten; name another file")
@@ -111,15 +126,11 @@ def _check_plot(path: str) -> None:
         raise ValueError(f"--plot {path}: the folder {Path(path).parent} does not exist")
 
 
-def _ranks(args: argparse.Namespace) -> Ranks:
-    from adajudge.scoring.ranks import Ranks
-
-    ranks = Ranks.from_environment()
+def _check_ranks(args: argparse.Namespace, ranks: Ranks) -> None:
     if ranks.size > 1 and "-" in (args.input, args.output):
         raise ValueError(
             f"{ranks.size} processes cannot share standard input or output; expected the names of files"
         )
-    return ranks
 
 
 def _device(args: argparse.Namespace, ranks: Ranks) -> str | None:
@@ -175,7 +186,7 @@ def _score(args: argparse.Namespace, reader: RowReader, scorer: Scorer, ranks: R
 
 
 def _stream(reader: RowReader, scorer: Scorer, summary: Summary) -> None:
-    """To standard output, errors to standard error."""
+    """To standard output, errors to standard error; a window is through the pipe before the next one is scored."""
     from adajudge.data.writing import RecordWriter
     from adajudge.scoring.parts import Part
     from adajudge.scoring.scorer import windows_of
@@ -187,6 +198,7 @@ def _stream(reader: RowReader, scorer: Scorer, summary: Summary) -> None:
                 writer.write_json(record)
             for error in part.errors:
                 print(f'{{"error": {error}}}', file=sys.stderr)
+            sys.stdout.flush()
             summary.add(part)
             show("scoring", summary.rows_now, summary.rows_now)
 
@@ -253,6 +265,7 @@ def _report(args: argparse.Namespace, summary: Summary, backend: str) -> None:
     from rich.console import Console
 
     from adajudge.scoring import BUILT_IN_JUDGE
+    from adajudge.scoring.jobs import error_file
 
     console = Console(stderr=args.output == "-")
     if not console.is_terminal:
@@ -269,7 +282,7 @@ def _report(args: argparse.Namespace, summary: Summary, backend: str) -> None:
     console.print(f"written: {args.output}", highlight=False, soft_wrap=True, markup=False)
     if summary.total.errors:
         console.print(
-            f"not scored: {summary.total.errors} rows, see {args.output}.errors.jsonl",
+            f"not scored: {summary.total.errors} rows, see {error_file(args.output)}",
             style="red",
             soft_wrap=True,
             markup=False,

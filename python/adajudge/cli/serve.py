@@ -1,7 +1,7 @@
 """Serve a judge over HTTP to the reward clients of OpenRLHF, verl, vLLM and OpenAI.
 
 Runs until SIGTERM or SIGINT, then answers what it has accepted and exits with 0; with 1 where a second SIGINT came before
-that. 2: the judge, the address or an option cannot be used.
+that. 2: the judge, the address or an option cannot be used, or the server crashed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 from typing import TYPE_CHECKING, Any
 
 from adajudge.cli import judge_options
@@ -71,8 +72,14 @@ def run(args: argparse.Namespace) -> int:
         ending = serve(
             scorer, settings, args.host, args.port, lambda url: _announce(url, settings.model_name, scorer)
         )
+    except ModuleNotFoundError:  # the command line says what to install
+        raise
     except (OSError, OverflowError, ValueError) as error:
         print(f"adajudge serve: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:  # 1 would say that it was asked twice to end
+        traceback.print_exc()
+        print(f"adajudge serve: crashed with {type(error).__name__}, see above", file=sys.stderr)
         return 2
     code = 0 if ending.drained else 1
     if not ending.idle:

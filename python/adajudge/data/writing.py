@@ -114,6 +114,7 @@ class RecordWriter:
         with open(self._partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(self._partial, self.target)
+        sync_folder(Path(self.target).parent)  # what the records came from may be removed from now on
 
     def _finish(self) -> None:
         if self._held:
@@ -137,6 +138,15 @@ class RecordWriter:
 def _lines_into(file: Any) -> IO[str]:
     """Half a surrogate pair, which only an error record can quote, is written as JSON's escape of it."""
     return io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def sync_folder(folder: Path) -> None:
+    """Put on the disk which names a folder has: a file that was renamed in it has its new name after a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_target(target: str) -> str:

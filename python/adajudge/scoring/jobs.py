@@ -94,22 +94,25 @@ class ScoringJob:
 
     def __enter__(self) -> ScoringJob:
         """Prepare the folder, or take up what is in it."""
-        mine = describe(self.scorer)
-        first = self.ranks.from_first(lambda: self._prepare(mine))
-        if different := differences(first["asked"], mine):
-            reason = f"rank 0 and rank {self.ranks.rank} were asked for different things: {different}"
-            self.ranks.finish(reason)
-            raise JobError(reason)
-        self.notice = first["notice"]
-        self.resumed = _indices_of(first["done"])
+        try:
+            mine = describe(self.scorer)
+            first = self.ranks.from_first(lambda: self._prepare(mine))
+            if different := differences(first["asked"], mine):
+                reason = f"rank 0 and rank {self.ranks.rank} were asked for different things: {different}"
+                self.ranks.finish(reason)
+                raise JobError(reason)
+            self.notice = first["notice"]
+            self.resumed = _indices_of(first["done"])
+        except BaseException:
+            self._unlock()
+            raise
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Tell the other processes if this one failed; the parts stay."""
         if error is not None:
             self.ranks.finish(str(error) or type(error).__name__)
-        if self._lock is not None:
-            self._lock.close()
+        self._unlock()
 
     def rows_done_before(self) -> int:
         """Rows of the windows in `resumed`; only the last window of an input is shorter than others."""
@@ -126,7 +129,7 @@ class ScoringJob:
             progress: called whenever the counts of rows have changed.
 
         Raises:
-            DataFileError: the input breaks off; what came before is scored.
+            DataFileError: the input breaks off; the whole windows before are scored.
             JobError: the rows of a window that was scored before are not those that were scored.
         """
         waiting: deque[tuple[int, str, int]] = deque()  # of the windows that the scorer has taken
@@ -217,6 +220,11 @@ class ScoringJob:
                 return  # a file system without locks
             raise JobError(f"{self.output}: another process is scoring into it ({self.folder})") from None
 
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
     def _windows_to_score(
         self,
         rows: Iterable[Row | RowError],
@@ -258,6 +266,15 @@ class ScoringJob:
 def job_folder(output: str) -> Path:
     """Where the parts of a job lie until it is done."""
     return Path(f"{output}.parts")
+
+
+def holds_parts_since(output: str, time_ns: int) -> bool:
+    """Whether a job has left parts that were written after so many nanoseconds of the epoch, and can go on."""
+    folder = job_folder(output)
+    if not (folder / _DESCRIPTION).is_file():
+        return False
+    parts = (entry for entry in folder.iterdir() if is_part_folder(entry.name))
+    return any(entry.stat().st_mtime_ns >= time_ns for entry in parts)
 
 
 def error_file(output: str) -> str:

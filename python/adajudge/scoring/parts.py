@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from adajudge.data import DataFileError, Row, RowError
+from adajudge.data.writing import sync_folder
 from adajudge.scoring.figures import WindowFigures
 from adajudge.scoring.results import ScoredRow
 
@@ -137,11 +138,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
 
 
 def _line(record: object) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,19 @@ class Ranks:
         """Say that this process has scored its share, or why it will not."""
         if self._store is not None:
             self._store.set(f"finished/{self.rank}", error or "")
+
+    @contextmanager
+    def told_of_errors(self) -> Iterator[None]:
+        """What is raised in the ``with`` block is said to the other processes, whatever they wait for."""
+        try:
+            yield
+        except BaseException as error:
+            reason = str(error) or type(error).__name__
+            with suppress(RuntimeError):  # the store is gone, and with it those who could be told
+                self.finish(reason)
+                if self.first and self._store is not None:
+                    self._store.set("made", json.dumps({"error": reason}))
+            raise
 
     def wait_for_others(self, meanwhile: Callable[[], object] = lambda: None) -> None:
         """Until every process has finished.
