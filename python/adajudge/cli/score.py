@@ -72,9 +72,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"adajudge score: {'interrupted' if interrupted else error}", file=sys.stderr)
         _print_what_is_left(args.output, started)
         return 130 if interrupted else 2
-    except (
-        Exception
-    ) as error:  # a fault of a kernel, the device or this program; 1 would say that OUT is there
+    except Exception as error:  # of a kernel, the device, this program; 1 would say that OUT is there
         traceback.print_exc()
         print(f"adajudge score: crashed with {type(error).__name__}, see above", file=sys.stderr)
         _print_what_is_left(args.output, started)
