@@ -211,13 +211,13 @@ def test_tensors_elsewhere_are_refused():
 # Threads
 
 LARGE = """
-import os, threading, torch
+import os, threading, time, torch
 import adajudge_kernels as ak
 layout = ak.SequenceLayout.packed([500] * 4, [500] * 4)
 states = [torch.ones(4000, 256) for _ in range(2)]
 arguments = states, torch.full((4, 2), 0.5), torch.ones(256), torch.zeros(1), layout
-python_threads = lambda: {thread.native_id for thread in threading.enumerate()}  # a data loader's queue starts one
-threads = lambda: len(set(map(int, os.listdir("/proc/self/task"))) - python_threads())
+known = lambda: {thread.native_id for thread in threading.enumerate()} | {os.getpid()}  # Python's threads
+threads = lambda: len(set(map(int, os.listdir("/proc/self/task"))) - known())
 """
 
 
@@ -245,13 +245,19 @@ assert threads() == used, "torch's own work is done by the same threads"
 
 def test_a_forked_data_loader_worker_uses_one_thread():
     run_code("""
+def settled():  # a loader starts threads of its own, whenever they get their turn; a pool of ours would stay
+    seen = []
+    while len(seen) < 5 or len(set(seen[-5:])) > 1:
+        time.sleep(0.04)
+        seen.append(threads())
+    return seen[-1]
 class Rows(torch.utils.data.Dataset):
     def __len__(self):
         return 4
     def __getitem__(self, i):
-        before = threads()
+        before = settled()
         views = ak.multi_view_pool(*arguments)
-        return views.attention, threads() - before
+        return views.attention, settled() - before
 torch.set_num_threads(2)
 expected = ak.multi_view_pool(*arguments).attention  # the parent's pool of threads is there when it forks
 loader = torch.utils.data.DataLoader(Rows(), batch_size=None, num_workers=2, multiprocessing_context="fork")
