@@ -27,7 +27,7 @@ class Sizes:
     trained: tuple[str, ...]  # that train: twice with their gradients, and once more in a wider dtype
     prompts: int  # scored, six responses each
     padded_rows: int  # of a padded batch: 8 as TRL's default, 64 as RewardBench 2's
-    trained_scale: float  # of the lengths of training's pairs, one of each of so many prompts
+    length_scale: float  # of the lengths that the head and training have
 
 
 CPU = Sizes(
@@ -45,7 +45,7 @@ CPU = Sizes(
     trained=("tiny",),
     prompts=4,
     padded_rows=8,
-    trained_scale=0.25,
+    length_scale=0.25,
 )
 GPU = Sizes(
     dtypes=(BF16,),
@@ -62,7 +62,7 @@ GPU = Sizes(
     trained=("Qwen3-0.6B", "Qwen3-4B"),
     prompts=64,
     padded_rows=64,
-    trained_scale=1.0,
+    length_scale=1.0,
 )
 
 

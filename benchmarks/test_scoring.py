@@ -203,7 +203,7 @@ def test_scoring(measured, backbones, side, chosen, device):
 @pytest.mark.parametrize("side", [OURS, "padded"])
 def test_training_step(measured, trained, side, chosen, device):
     build = functools.partial(
-        training_case, trained, chosen.prompts, chosen.trained_scale, chosen.depths, chosen.dtypes[0], device
+        training_case, trained, chosen.prompts, chosen.length_scale, chosen.depths, chosen.dtypes[0], device
     )
     measured(build, side, True, family="refinement")
 
