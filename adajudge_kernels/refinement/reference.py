@@ -69,6 +69,7 @@ class _Group(NamedTuple):
 
     rows: slice
     positions: Tensor
+    one_run: bool  # of positions, none left out
     before: slice
     own: slice
 
@@ -79,12 +80,17 @@ def _groups(tables: AttentionTables, causal: bool) -> Iterator[_Group]:
     ):
         if first == stop:
             continue
-        tokens = torch.arange(first, stop, device=tables.rows.device)
-        tokens = tables.rows[first:stop] if tables.rows.numel() else tokens
+        if tables.rows.numel():
+            tokens = tables.rows[first:stop]
+            first_token, last_token = tokens[[0, -1]].tolist()
+        else:
+            tokens = torch.arange(first, stop, device=tables.rows.device)
+            first_token, last_token = first, stop - 1
         if causal:  # nothing behind the last query is seen
-            stop1 = int(tokens[-1]) + 1
+            stop1 = last_token + 1
         positions = tokens - start1 + (stop0 - start0)
-        yield _Group(slice(first, stop), positions, slice(start0, stop0), slice(start1, stop1))
+        one_run = last_token - first_token == stop - first - 1
+        yield _Group(slice(first, stop), positions, one_run, slice(start0, stop0), slice(start1, stop1))
 
 
 def _seen(group: _Group, keys: int, causal: bool) -> Tensor | None:
@@ -92,12 +98,6 @@ def _seen(group: _Group, keys: int, causal: bool) -> Tensor | None:
     if not causal:
         return None
     return torch.arange(keys, device=group.positions.device) <= group.positions[:, None]
-
-
-def _are_the_last(group: _Group, keys: int) -> bool:
-    """Whether the queries are one run of tokens, up to the last key."""
-    first, last = int(group.positions[0]), int(group.positions[-1])
-    return last == keys - 1 and last - first == len(group.positions) - 1
 
 
 def _heads(x: Tensor, group: _Group) -> Tensor:
@@ -122,7 +122,7 @@ def sequence_attention_forward(
     for group in _groups(tables, causal):
         q, k, v = query[group.rows].transpose(0, 1), _heads(key, group), _heads(value, group)
         queries, keys = q.shape[1], k.shape[1]
-        square = causal and _are_the_last(group, keys) and keys <= 2 * queries
+        square = causal and group.one_run and keys <= 2 * queries
         if square:  # rows of no query in front: torch skips what is_causal hides, half of all, but nothing under a mask
             q = F.pad(q, (0, 0, keys - queries, 0)) if keys > queries else q
         seen = None if square else _seen(group, keys, causal)

@@ -59,15 +59,18 @@ def test_the_collator_is_pad_pairs():
 def test_packed_positions_restart_with_every_row():
     packed = pack_rows([LONG, SHORT])
     assert packed.input_ids.tolist() == [LONG.input_ids + SHORT.input_ids]
-    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2]]
+    assert packed.layout.position_ids().tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    assert packed.layout.prompt_lengths.tolist() == [LONG.prompt_length, SHORT.prompt_length]
+    assert packed.layout.response_lengths.tolist() == [LONG.response_length, SHORT.response_length]
 
 
 def test_shared_prompts_lie_there_once_and_every_response_counts_on_from_them():
     other = EncodedRow([5, 6, 7, 4], 3)
     packed = pack_shared_prompts([[LONG, other], [SHORT]])
     assert packed.input_ids.tolist() == [[5, 6, 7, 8, 9, 4, 5, 9, 0]]
-    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2]]
-    assert (packed.prompt_lengths, packed.response_lengths) == ([3, 1], [[2, 1], [2]])
+    assert packed.layout.position_ids().tolist() == [0, 1, 2, 3, 4, 3, 0, 1, 2]
+    assert packed.layout.prompt_lengths.tolist() == [3, 3, 1]
+    assert packed.layout.response_lengths.tolist() == [2, 1, 2]
 
 
 def test_different_prompts_cannot_be_shared():
@@ -82,15 +85,6 @@ def test_an_empty_group_is_refused():
 
 def test_rows_with_equal_prompts_are_grouped_in_order():
     assert group_by_prompt([LONG, SHORT, LONG, SHORT]) == [[0, 2], [1, 3]]
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_lengths_describe_the_packed_tokens_to_the_kernels(shared):
-    packed = pack_shared_prompts([[LONG, LONG], [SHORT]]) if shared else pack_rows([LONG, SHORT])
-    build = SequenceLayout.shared_prompts if shared else SequenceLayout.packed
-    layout = build(packed.prompt_lengths, packed.response_lengths)
-    assert layout.num_tokens == packed.input_ids.shape[1]
-    assert torch.equal(layout.position_ids().flatten().long(), packed.position_ids[0])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -174,7 +174,15 @@ def test_what_is_wrong_is_said_with_its_field(client, path, body, field, message
 
 
 @pytest.mark.parametrize(
-    "content", [b"{", b"", b"\xff\xfe", b"[" * 100_000, b'{"query": ' + b"1" * 5000 + b"}"]
+    "content",
+    [
+        b"{",
+        b"",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"query": ' + b"1" * 5000 + b"}",
+        b'{"query": [], "query": []}',
+    ],
 )
 def test_a_body_that_is_no_json_is_refused(client, content):
     answer = client.post("/get_reward", content=content, headers={"Content-Type": "application/json"})

@@ -165,21 +165,16 @@ def test_loss_of_a_hundred_thousand_pairs(device):
     assert float(loss) == pytest.approx(float(exact), rel=1e-6)
 
 
-@dtypes
-def test_experts_take_states_and_weights_of_different_dtypes(dtype, device):
-    inputs = draw_experts(5)
-    mixed = {
-        k: x.to(device, dtype if "weight" in k or "bias" in k else torch.float32) for k, x in inputs.items()
-    }
-    out = call_experts(mixed)[0]
-    expected = call_experts({k: x.double() for k, x in mixed.items()})[0]
-    assert out.dtype == torch.float32
-    assert torch.allclose(out.double(), expected, atol=1e-5)
-
-
-def test_experts_take_every_tensor_in_a_dtype_of_its_own(device):
+@pytest.mark.parametrize("of_weights", [*DTYPES, None], ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_experts_take_tensors_of_different_dtypes(of_weights, device):
+    """Weights and biases in one, the rest in fp32; or every tensor in one of its own."""
     drawn = draw_experts(5)
-    own = {name: DTYPES[i % 3] for i, name in enumerate(drawn)}
+    own = {
+        name: (of_weights if "weight" in name or "bias" in name else torch.float32)
+        if of_weights
+        else DTYPES[i % 3]
+        for i, name in enumerate(drawn)
+    }
     inputs = {name: cast({name: x}, own[name], device)[name] for name, x in drawn.items()}
     outputs, gradients = run_truth(call_experts, inputs)
     exact, true_gradients = run_truth(

@@ -68,7 +68,8 @@ def cache_states(
     for begin in range(0, len(encoded), _PACK):
         pack = encoded[begin : begin + _PACK]
         batch = pack_rows(pack)
-        hidden = backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+        positions = batch.layout.position_ids()[None]
+        hidden = backbone(input_ids=batch.input_ids, position_ids=positions, use_cache=False)
         states += [part.clone() for part in hidden.last_hidden_state[0].split([len(row) for row in pack])]
     return [
         CachedPair(row["domain"], (states[2 * i], states[2 * i + 1]), encoded[2 * i].prompt_length)

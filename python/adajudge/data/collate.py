@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import torch
 
+    from adajudge_kernels import SequenceLayout
+
     from .encoding import EncodedRow
 
 PaddingSide = Literal["left", "right"]
@@ -29,24 +31,15 @@ class PackedBatch:
 
     Args:
         input_ids: ``[1, T]`` int64.
-        prompt_lengths: tokens of each prompt.
-        response_lengths: tokens of each response; for shared prompts one list per prompt.
+        layout: where their prompts and responses lie.
     """
 
     input_ids: torch.Tensor
-    prompt_lengths: list[int]
-    response_lengths: list[int] | list[list[int]]
+    layout: SequenceLayout
 
-    @property
-    def position_ids(self) -> torch.Tensor:
-        """``[1, T]`` int64, restarting at 0 for every sequence; responses that share a prompt go on where it ends."""
-        import torch
-
-        per_prompt = [[n] if isinstance(n, int) else n for n in self.response_lengths]
-        runs = []
-        for prompt, lengths in zip(self.prompt_lengths, per_prompt, strict=True):
-            runs += [torch.arange(prompt), *(torch.arange(prompt, prompt + n) for n in lengths)]
-        return torch.cat(runs or [torch.arange(0)]).unsqueeze(0)
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The batch on a device."""
+        return PackedBatch(self.input_ids.to(device), self.layout.to(device))
 
 
 def pad_rows(
@@ -105,8 +98,13 @@ class PairCollator:
 
 def pack_rows(rows: Sequence[EncodedRow]) -> PackedBatch:
     """Lay rows one after another, each with its own prompt (``SequenceLayout.packed``)."""
+    import torch
+
+    from adajudge_kernels import SequenceLayout
+
     ids = [token_id for row in rows for token_id in row.input_ids]
-    return _packed(ids, [row.prompt_length for row in rows], [row.response_length for row in rows])
+    layout = SequenceLayout.packed([row.prompt_length for row in rows], [row.response_length for row in rows])
+    return PackedBatch(torch.tensor([ids], dtype=torch.int64), layout)
 
 
 def pack_shared_prompts(groups: Sequence[Sequence[EncodedRow]]) -> PackedBatch:
@@ -116,6 +114,10 @@ def pack_shared_prompts(groups: Sequence[Sequence[EncodedRow]]) -> PackedBatch:
         ValueError: an empty group, or rows of one group with different prompt tokens; use
             :func:`group_by_prompt`.
     """
+    import torch
+
+    from adajudge_kernels import SequenceLayout
+
     ids: list[int] = []
     for i, group in enumerate(groups):
         if not group:
@@ -126,11 +128,11 @@ def pack_shared_prompts(groups: Sequence[Sequence[EncodedRow]]) -> PackedBatch:
             if row.prompt_ids != prompt:
                 raise ValueError(f"group {i}: the prompt tokens of row {j} differ from those of row 0")
             ids += row.response_ids
-    return _packed(
-        ids,
+    layout = SequenceLayout.shared_prompts(
         [group[0].prompt_length for group in groups],
         [[row.response_length for row in group] for group in groups],
     )
+    return PackedBatch(torch.tensor([ids], dtype=torch.int64), layout)
 
 
 def group_by_prompt(rows: Sequence[EncodedRow]) -> list[list[int]]:
@@ -139,17 +141,3 @@ def group_by_prompt(rows: Sequence[EncodedRow]) -> list[list[int]]:
     for i, row in enumerate(rows):
         groups.setdefault(tuple(row.prompt_ids), []).append(i)
     return list(groups.values())
-
-
-def _packed(
-    ids: list[int],
-    prompt_lengths: list[int],
-    response_lengths: list[int] | list[list[int]],
-) -> PackedBatch:
-    import torch
-
-    return PackedBatch(
-        torch.tensor([ids], dtype=torch.int64),
-        prompt_lengths,
-        response_lengths,
-    )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from .json_text import RepeatedKeyError, parse_json
 from .rows import Row, RowError, parse_row
 
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
@@ -151,9 +152,9 @@ def _json_lines(stream: IO[bytes] | gzip.GzipFile, decode: bool) -> Iterator[tup
 
 def _decode_json(raw: bytes, line: int) -> Any:
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
-    except _RepeatedKeyError as error:
-        return RowError(line, str(line), str(error), "the key comes twice in one object; expected once")
+        return parse_json(raw.decode("utf-8"))
+    except RepeatedKeyError as error:
+        return RowError(line, str(line), error.key, "the key comes twice in one object; expected once")
     except UnicodeDecodeError as error:
         reason = f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start}"
     except json.JSONDecodeError as error:
@@ -163,24 +164,10 @@ def _decode_json(raw: bytes, line: int) -> Any:
     return RowError(line, str(line), "row", reason)
 
 
-class _RepeatedKeyError(Exception):
-    """A key that one JSON object has twice: which of its values is meant would be a guess."""
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _RepeatedKeyError(next(key for key in keys if keys.count(key) > 1))
-    return record
-
-
 def _load_json(path: str) -> list[Any]:
     hint = "expected one JSON list of objects (one object a line belongs in a file named .jsonl)"
     try:
-        value = json.loads(Path(path).read_bytes().decode("utf-8-sig"), object_pairs_hook=_unique_keys)
-    except _RepeatedKeyError as error:
-        raise DataFileError(f"{path}: the key {str(error)!r} comes twice in one object; {hint}") from error
+        value = parse_json(Path(path).read_bytes().decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataFileError(f"{path}: {error}; {hint}") from error
     if not isinstance(value, list):

@@ -75,7 +75,7 @@ class Engine:
         distinct = dict(zip(keys, rows, strict=True))
         with self._one_at_a_time:
             numbers = dict(zip(distinct, self._score_distinct([*distinct.values()]), strict=True))
-        self.tokens_scored += sum(map(len, rows))
+            self.tokens_scored += sum(map(len, rows))
         return [_result_of(row, numbers[key]) for row, key in zip(rows, keys, strict=True)]
 
     def _score_distinct(self, rows: Sequence[EncodedRow]) -> list[list[float] | ScoringError]:

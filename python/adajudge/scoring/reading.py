@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from adajudge import backbone_attention
 from adajudge.attention_masks import check_keeps_apart, window_in_force
 from adajudge.backbone_states import long_rope_border
-from adajudge.data import EncodedRow, group_by_prompt, pack_rows, pack_shared_prompts, pad_rows
+from adajudge.data import EncodedRow, PackedBatch, group_by_prompt, pack_rows, pack_shared_prompts, pad_rows
 from adajudge.modeling import AdaJudgeForSequenceClassification
 from adajudge.scoring.packing import Pack, packed_packs, padded_packs, shared_packs
 from adajudge_kernels import SequenceLayout, available_backends
@@ -160,15 +160,16 @@ def _packed(attention: str) -> Way:
 
 def _shared_inputs(rows: list[EncodedRow], pack: Pack, device: torch.device) -> dict[str, Any]:
     remaining = iter(rows)
-    batch = pack_shared_prompts([[next(remaining) for _ in group] for group in pack.groups])
-    layout = SequenceLayout.shared_prompts(batch.prompt_lengths, batch.response_lengths, device)  # type: ignore[arg-type]
-    return {"input_ids": batch.input_ids.to(device), "layout": layout}
+    return _on(device, pack_shared_prompts([[next(remaining) for _ in group] for group in pack.groups]))
 
 
 def _packed_inputs(rows: list[EncodedRow], pack: Pack, device: torch.device) -> dict[str, Any]:
-    batch = pack_rows(rows)
-    layout = SequenceLayout.packed(batch.prompt_lengths, batch.response_lengths, device)  # type: ignore[arg-type]
-    return {"input_ids": batch.input_ids.to(device), "layout": layout}
+    return _on(device, pack_rows(rows))
+
+
+def _on(device: torch.device, batch: PackedBatch) -> dict[str, Any]:
+    batch = batch.to(device)
+    return {"input_ids": batch.input_ids, "layout": batch.layout}
 
 
 def _padded_inputs(rows: list[EncodedRow], pack: Pack, device: torch.device) -> dict[str, Any]:

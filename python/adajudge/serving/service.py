@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
 import re
@@ -18,6 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from adajudge.data import EncodedRow, EncodingError, Row
+from adajudge.data.json_text import parse_json
 from adajudge.scoring import Score, Scorer, ScoringError
 from adajudge.serving.batcher import Batcher, EngineError
 from adajudge.serving.errors import JSONAnswer, ServingError
@@ -239,9 +239,9 @@ def _responses_of(item: Item) -> int:
 def _parse(body: bytearray, wire: WireFormat, max_rows: int) -> tuple[str, list[Item]]:
     """The form of the answer's vectors, and the items; nothing else of the request is kept while it is scored."""
     try:
-        content = json.loads(body)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise ServingError(400, "invalid_json", f"the body is no JSON: {error}") from None
+        content = parse_json(body)
+    except (ValueError, RecursionError) as error:
+        raise ServingError(400, "invalid_json", f"the body cannot be read: {error}") from None
     try:
         request = wire.request.model_validate(content)
     except ValidationError as error:
