@@ -41,11 +41,12 @@ struct Scan {
         auto logit = broadcast<Lanes<A>>(A(0));
         for_segments(d, [&](int64_t begin, int64_t end) {
             auto part = broadcast<Lanes<A>>(A(0));
-            for_lanes(begin, end, [&](int64_t j, auto n) {
+            const auto ahead = [&](int64_t j) {  // half a row further, or the next token's; wider numbers need no help
+                for (int k = 0; sizeof(T) == 2 && k < depths; ++k) __builtin_prefetch(rows[k] + j + d / 2);
+            };
+            for_lines<T>(begin, end, ahead, [&](int64_t j, auto n) {
                 Lanes<A> x = load(rows[0] + j, n) * a[0];
                 for (int k = 1; k < depths; ++k) x = multiply_add(load(rows[k] + j, n), a[k], x);
-                if (sizeof(T) == 2 && j % 32 == 0)  // the next token's line, most often; wider numbers need no help
-                    for (int k = 0; k < depths; ++k) __builtin_prefetch(rows[k] + j + d);
                 part = multiply_add(x, load(w + j, n), part);
                 store(h + j, x, All{});  // rows of h are whole lanes wide
             });

@@ -154,6 +154,12 @@ ALWAYS_INLINE V select(V mask, V a, V b) {  // masks are all ones or all zeros, 
 // One register of fp32 from stored numbers, and back, rounded to nearest even.
 template <int N>
 ALWAYS_INLINE vector_of<float, N> widen(const bf16* from) {
+#if defined(__AVX512F__)
+    if constexpr (N == 16) {  // gcc puts it together from halves and quarters
+        const __m512i bits = _mm512_maskz_cvtepu16_epi32(0xffff, read<__m256i>(from));
+        return bit_cast<vector_of<float, N>>(_mm512_maskz_slli_epi32(0xffff, bits, 16));
+    }
+#endif
     const auto bits = __builtin_convertvector(read<vector_of<uint16_t, N>>(from), vector_of<uint32_t, N>);
     return bit_cast<vector_of<float, N>>(bits << 16);
 }
@@ -170,6 +176,13 @@ ALWAYS_INLINE vector_of<int32_t, N> rounded_to_bf16(vector_of<float, N> x) {
 
 template <int N>
 ALWAYS_INLINE void narrow(bf16* to, vector_of<float, N> x) {
+#if defined(__AVX512F__)
+    if constexpr (N == 16) {
+        const __m256i out = _mm512_maskz_cvtepi32_epi16(0xffff, bit_cast<__m512i>(rounded_to_bf16<N>(x)));
+        std::memcpy(to, &out, sizeof out);
+        return;
+    }
+#endif
     const auto out = __builtin_convertvector(rounded_to_bf16<N>(x), vector_of<int16_t, N>);
     std::memcpy(to, &out, sizeof out);
 }
@@ -341,6 +354,18 @@ ALWAYS_INLINE void for_lanes(int64_t begin, int64_t end, Body body) {
     int64_t j = begin;
     for (; j + LANES <= end; j += LANES) body(j, All{});
     if (j < end) body(j, Rest{static_cast<int>(end - j)});
+}
+
+// The same for numbers stored as T, and ahead(j) before every cache line of them: a place to ask for a line further on.
+template <class T, class Ahead, class Body>
+ALWAYS_INLINE void for_lines(int64_t begin, int64_t end, Ahead ahead, Body body) {
+    constexpr int64_t LINE = 64 / sizeof(T);
+    int64_t j = begin;
+    for (; j + LINE <= end; j += LINE) {
+        ahead(j);
+        for (int64_t i = j; i < j + LINE; i += LANES) body(i, All{});
+    }
+    for_lanes(j, end, body);
 }
 
 // body(begin, end) for pieces of a row: a sum of each piece first keeps long sums accurate.
