@@ -162,6 +162,20 @@ void define_refinement(py::module_& m) {
         const SwigluBackward call{dtype, 1, rows, features, at(grad), at(gate_up), at(grad_gate_up)};
         run(where, call, ON_CPU(swiglu_backward), nullptr);
     });
+    // `query`, `key`, `value`: address, step from token to token, step from head to head.
+    using Strided = std::array<int64_t, 3>;
+    m.def("attention", [](const Where& where, Dtype dtype, int64_t heads, int64_t key_heads, int64_t head_size, bool causal,
+                          double scale, Address groups, Address queries, Address query_chunks, Address rows,
+                          int64_t num_query_chunks, const Strided& query, const Strided& key, const Strided& value,
+                          Address out) {
+        const auto table = [](Address address) { return static_cast<const int32_t*>(at(address)); };
+        const auto from = [](const Strided& x) { return at(static_cast<Address>(x[0])); };
+        const Attention call{dtype, 1, heads, key_heads, head_size, causal, scale,
+                             table(groups), table(queries), table(query_chunks), static_cast<const int64_t*>(at(rows)),
+                             num_query_chunks, from(query), query[1], query[2], from(key), key[1], key[2],
+                             from(value), value[1], value[2], at(out)};
+        run(where, call, ON_CPU(attention), nullptr);
+    });
 }
 
 // Views, outputs, small weights: lists in the order of `Experts`.

@@ -125,6 +125,27 @@ struct SwigluBackward {
     void* grad_gate_up;          // [T, 2f]
 };
 
+// Attention inside sequences: softmax(scale Q K^T) V over the keys that a query sees. The numbers of a head lie one after
+// another; `_token` and `_head` are the steps, in numbers, from a token or a head to the next.
+struct Attention {
+    Dtype dtype;
+    int threads;
+    int64_t heads, key_heads, head_size;  // H, J, e
+    bool causal;
+    double scale;
+    // adajudge_kernels.tables.AttentionTables: [G, 7], [G, 3], [M'], and [N] or null where every token has its row.
+    const int32_t *groups, *queries, *query_chunks;
+    const int64_t* rows;
+    int64_t num_query_chunks;
+    const void* query;  // [N, H, e]
+    int64_t query_token, query_head;
+    const void* key;  // [T, J, e]
+    int64_t key_token, key_head;
+    const void* value;
+    int64_t value_token, value_head;
+    void* out;  // [N, H, e], contiguous; rows of no group are left as they are
+};
+
 // A large weight of the experts, in a dtype of its own.
 struct Weight {
     Dtype dtype;
@@ -174,6 +195,7 @@ struct Loss {
     X(experts_backward, ExpertsBackward)    \
     X(loss, Loss)
 #define ADAJUDGE_CPU_OPERATIONS(X)          \
+    X(attention, Attention)                 \
     X(rms_norm, RmsNorm)                    \
     X(rms_norm_backward, RmsNormBackward)   \
     X(swiglu, Swiglu)                       \

@@ -1,4 +1,5 @@
-"""The refinement block's rows on the compiled kernels (`csrc/cpu/refinement.cpp`). Attention on the CPU is torch's."""
+"""The refinement block on the compiled kernels (`csrc/cpu/refinement.cpp`, `attention.cpp`); the gradients of attention are
+matrix products, and torch's."""
 
 from __future__ import annotations
 
@@ -7,8 +8,9 @@ from torch import Tensor
 
 from adajudge_kernels import compiled
 from adajudge_kernels.compiled import address, as_arithmetic, dtype_code
-from adajudge_kernels.refinement.reference import sequence_attention_backward, sequence_attention_forward
+from adajudge_kernels.refinement.reference import sequence_attention_backward
 from adajudge_kernels.registration import arithmetic_dtype
+from adajudge_kernels.tables import AttentionTables
 
 __all__ = [
     "residual_rms_norm_backward",
@@ -88,3 +90,36 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
         address(out),
     )
     return out
+
+
+def sequence_attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tables: AttentionTables,
+    causal: bool,
+    scale: float,
+    padded: bool,
+) -> tuple[Tensor, Tensor]:
+    """Attention ``[N, H, e]``, zero at padding; the second output is empty, nothing more is kept."""
+    out = (torch.zeros if padded else torch.empty)(query.shape, dtype=query.dtype)
+    query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
+    _, heads, head_size = query.shape
+    compiled.run(
+        "attention",
+        query,
+        dtype_code(query.dtype),
+        heads,
+        key.shape[1],
+        head_size,
+        causal,
+        scale,
+        address(tables.groups),
+        address(tables.queries),
+        address(tables.query_chunks),
+        address(tables.rows if tables.rows.numel() else None),
+        tables.query_chunks.shape[0],
+        *((address(x), x.stride(0), x.stride(1)) for x in (query, key, value)),
+        address(out),
+    )
+    return out, query.new_empty(0, dtype=arithmetic_dtype(query.dtype))

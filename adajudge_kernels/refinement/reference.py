@@ -149,7 +149,7 @@ def sequence_attention_backward(
 ) -> None:
     """Write the gradients of query, key and value; keys that several groups see sum theirs in the groups' order.
 
-    With ``P = softmax(scale Q K^T)``: ``dV = P^T dO``, ``dP = dO V^T``, ``dS = P (dP - rowsum(dO O))``,
+    With ``P = softmax(scale Q K^T)``: ``dV = P^T dO``, ``dP = dO V^T``, ``dS = P (dP - rowsum(P dP))``,
     ``dQ = scale dS K``, ``dK = scale dS^T Q``.
     """
     arithmetic = upcast(query[:0]).dtype
@@ -162,9 +162,9 @@ def sequence_attention_backward(
         block = max(1, _SCORES // (query.shape[1] * k.shape[1]))
         for begin in range(group.rows.start, group.rows.stop, block):
             rows = slice(begin, min(begin + block, group.rows.stop))
-            q, o, g = (  # [heads, ratio * n, e]: the query heads of a key head are rows of one product
+            q, g = (  # [heads, ratio * n, e]: the query heads of a key head are rows of one product
                 upcast(x[rows]).unflatten(1, (heads, ratio)).permute(1, 2, 0, 3).flatten(1, 2)
-                for x in (query, out, grad)
+                for x in (query, grad)
             )
             scores = q @ k.mT * scale
             if causal:
@@ -173,7 +173,8 @@ def sequence_attention_backward(
                 scores.unflatten(1, (ratio, -1)).masked_fill_(hidden, float("-inf"))
             p = torch.softmax(scores, dim=-1)
             dv += p.mT @ g
-            ds = p * (g @ v.mT - (g * o).sum(dim=-1, keepdim=True))
+            ds = p * (g @ v.mT)
+            ds.addcmul_(p, ds.sum(dim=-1, keepdim=True), value=-1)
             dk += ds.mT @ q * scale
             dq = (ds @ k * scale).unflatten(1, (ratio, -1)).permute(2, 0, 1, 3)
             dquery[rows] = dq.flatten(1, 2)

@@ -356,10 +356,11 @@ ALWAYS_INLINE void for_lanes(int64_t begin, int64_t end, Body body) {
     if (j < end) body(j, Rest{static_cast<int>(end - j)});
 }
 
-// The same for numbers stored as T, and ahead(j) before every cache line of them: a place to ask for a line further on.
+// The same for numbers stored as T, and ahead(j) before every cache line of them or every sixteen, whatever is more: a place to
+// ask for a line further on.
 template <class T, class Ahead, class Body>
 ALWAYS_INLINE void for_lines(int64_t begin, int64_t end, Ahead ahead, Body body) {
-    constexpr int64_t LINE = 64 / sizeof(T);
+    constexpr int64_t LINE = LANES * sizeof(T) < 64 ? 64 / sizeof(T) : LANES;
     int64_t j = begin;
     for (; j + LINE <= end; j += LINE) {
         ahead(j);
@@ -404,6 +405,17 @@ private:
 };
 
 // -- Functions -------------------------------------------------------------------------------------------------
+
+// The larger of each two; b where one is NaN.
+template <class A, int N>
+ALWAYS_INLINE Pack<A, N, false> maximum(Pack<A, N, false> a, Pack<A, N, false> b) {
+    return {maximum(a.low, b.low), maximum(a.high, b.high)};
+}
+
+template <class A, int N>
+ALWAYS_INLINE Pack<A, N, true> maximum(Pack<A, N, true> a, Pack<A, N, true> b) {
+    return {b.v <= a.v ? a.v : b.v};
+}
 
 // x, and 0 for NaN.
 template <class A, int N>

@@ -25,11 +25,10 @@ grouped = attend(heads=4, key_heads=2)
 
 @pytest.fixture
 def exact(device, monkeypatch):
-    """Whether a row's bits depend on nothing but what it sees: on Triton. Its interpreter calls BLAS, which gives a row
-    of a product other bits in another place of the matrix: here it sums every row alike."""
-    if ak.backends.choose_backend(device, "refinement").backend != "triton":
-        return False
-    if INTERPRETED:
+    """Whether a row's bits depend on nothing but what it sees: not on the reference. Triton's interpreter calls BLAS, which
+    gives a row of a product other bits in another place of the matrix: here it sums every row alike."""
+    backend = ak.backends.choose_backend(device, "refinement").backend
+    if backend == "triton" and INTERPRETED:
         from triton.runtime import interpreter
 
         def create_dot(self, a, b, d, *_):
@@ -37,14 +36,21 @@ def exact(device, monkeypatch):
             return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
-    return True
+    return backend != "reference"
 
 
 @pytest.fixture
-def triton_device(device, exact):
+def exact_device(device, exact):
     if not exact:
-        pytest.skip("the claim is of the Triton kernels")
+        pytest.skip("the claim is of the kernels: the reference's attention is torch's")
     return device
+
+
+@pytest.fixture
+def triton_device(exact_device):
+    if ak.backends.choose_backend(exact_device, "refinement").backend != "triton":
+        pytest.skip("the claim is of the Triton kernels: on the CPU gradients are torch's matrix products")
+    return exact_device
 
 
 def projections(tokens, heads=2, key_heads=1, size=16, dtype=torch.float32, device="cpu"):
@@ -151,7 +157,7 @@ def test_a_prompt_that_nobody_reads_attends_to_itself(causal, device):
 
 
 def assert_chosen_queries_are_rows_of_all(layout, device, dtype, exact):
-    """Of results bit for bit on Triton, of gradients up to the order of sums."""
+    """Of results bit for bit where `exact`, of gradients up to the order of sums."""
     everything = [x.requires_grad_() for x in projections(layout.num_tokens, dtype=dtype, device=device)]
     rows = layout.response_attention.rows
     chosen = [x.detach().clone().requires_grad_() for x in everything]
@@ -207,13 +213,13 @@ def test_a_response_of_every_token_may_come_merged(device):
     )
 
 
-# Bits, on Triton
+# Bits
 
 
 @dtypes
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-def test_the_layout_never_changes_a_bit(dtype, causal, triton_device):
-    xs = projections(BATCH.num_tokens, dtype=dtype, device=triton_device)
+def test_the_layout_never_changes_a_bit(dtype, causal, exact_device):
+    xs = projections(BATCH.num_tokens, dtype=dtype, device=exact_device)
     first, *others = (attended(BATCH, kind, xs, causal) for kind in (LAYOUTS if causal else PACKED))
     assert all(torch.equal(first, other) for other in others)
 
@@ -224,19 +230,19 @@ def test_the_layout_never_changes_a_bit(dtype, causal, triton_device):
     dtype=st.sampled_from(DTYPES),
 )
 @generated
-def test_no_layout_of_any_batch_changes_a_bit(triton_device, batch, size, dtype):
-    xs = projections(batch.num_tokens, size=size, dtype=dtype, device=triton_device)
+def test_no_layout_of_any_batch_changes_a_bit(exact_device, batch, size, dtype):
+    xs = projections(batch.num_tokens, size=size, dtype=dtype, device=exact_device)
     first, *others = (attended(batch, kind, xs) for kind in LAYOUTS)
     assert all(torch.equal(first, other) for other in others)
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-def test_the_rest_of_the_batch_never_changes_a_bit(kind, triton_device):
-    xs = projections(BATCH.num_tokens, device=triton_device)
+def test_the_rest_of_the_batch_never_changes_a_bit(kind, exact_device):
+    xs = projections(BATCH.num_tokens, device=exact_device)
     whole = attended(BATCH, kind, xs)
     begin = 0
     for b, sequence in enumerate(BATCH.sequences):
-        rows = torch.tensor(sequence.rows, device=triton_device)
+        rows = torch.tensor(sequence.rows, device=exact_device)
         alone = attended(BATCH.only(b), "packed", [x[rows] for x in xs])
         assert torch.equal(whole[begin : begin + len(rows)], alone)
         begin += len(rows)
@@ -258,19 +264,22 @@ def in_other_memory(x):
 
 
 @dtypes
-def test_where_projections_lie_changes_no_bit(dtype, triton_device):
-    from adajudge_kernels.refinement import triton
-
-    layout, _ = BATCH.lay_out("shared", triton_device)
-    xs = projections(BATCH.num_tokens, dtype=dtype, device=triton_device)
+def test_where_projections_lie_changes_no_bit(dtype, exact_device):
+    layout, _ = BATCH.lay_out("shared", exact_device)
+    xs = projections(BATCH.num_tokens, dtype=dtype, device=exact_device)
     expected = sequence_attention(xs, layout)
     places = [in_other_memory(x) for x in xs]
     for name in places[0]:
         moved = [place[name] for place in places]
         assert all(torch.equal(x, y) for x, y in zip(moved, xs, strict=True))
         assert torch.equal(sequence_attention(moved, layout), expected), name
-        # As the launches are compiled for.
-        assert all(triton._rowwise(x).data_ptr() % 16 == 0 for x in moved)
+
+
+def test_launches_get_rows_from_where_they_are_compiled_for(triton_device):
+    from adajudge_kernels.refinement import triton
+
+    for x in in_other_memory(torch.randn(5, 2, 16, device=triton_device)).values():
+        assert triton._rowwise(x).data_ptr() % 16 == 0
 
 
 def test_where_projections_lie_changes_no_gradient(triton_device):

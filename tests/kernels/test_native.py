@@ -20,7 +20,7 @@ from tests.kernels.comparison import (
     run_operation,
     run_truth,
 )
-from tests.kernels.operations import POOLING, over_tokens
+from tests.kernels.operations import POOLING, attend, over_tokens
 from tests.kernels.test_contract import compare, compare_rowwise, dtypes, rowwise, tokenwise
 
 pooling = pytest.mark.parametrize("operation", POOLING, ids=lambda op: op.name)
@@ -58,6 +58,20 @@ def test_instruction_sets_that_fuse_give_the_same_bits(operation, dtype, kind, d
     run = lambda: run_operation(operation, cast(inputs, dtype), layout, source)  # noqa: E731
     with ak.use_backend("cpu"):
         assert_same_bits(on_every_level(fusing_levels, run))
+
+
+@dtypes
+@pytest.mark.parametrize(("kind", "size"), [("shared", 33), ("padded_left", 128)])
+def test_attention_has_the_same_bits_on_instruction_sets_that_fuse_and_any_threads(
+    dtype, kind, size, fusing_levels
+):
+    operation = attend(heads=10, key_heads=2)
+    inputs = cast(operation.draw(LONG, size, 1), dtype)
+    layout, source = LONG.lay_out(kind)
+    inputs = {name: place(x.detach(), source) for name, x in inputs.items()}
+    run = lambda: (operation.call(inputs, layout), {})  # noqa: E731
+    with ak.use_backend("cpu"):
+        assert_same_bits(itertools.chain(on_every_level(fusing_levels, run), on_several_threads(run)))
 
 
 @rowwise
