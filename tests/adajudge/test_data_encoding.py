@@ -280,6 +280,16 @@ def test_a_response_cut_on_request_keeps_the_header_and_its_own_beginning(tokeni
     assert cut.response_tokens_cut == whole.response_length - cut.response_length > 0
 
 
+def test_a_response_cut_on_request_leaves_the_prompt_half_of_the_length(tokenizer, encoder):
+    cutting = ConversationEncoder(tokenizer, 64, truncate_response=True)
+    short, long = user("Hi"), user("word " * 100)
+    for count in (50, 60, 200):  # fits only with less of the prompt, and not at all
+        cut = cutting.encode(short, "word " * count)
+        assert cut.prompt_ids == encoder.encode(short, "x").prompt_ids
+        assert len(cut) == 64
+    assert cutting.encode(long, "word " * 200).prompt_length == 32
+
+
 def test_one_token_is_a_response(tokenizer):
     cut = ConversationEncoder(tokenizer, 1, truncate_response=True).encode(user("Hi"), "word " * 40)
     assert (cut.prompt_length, cut.response_length) == (0, 1)

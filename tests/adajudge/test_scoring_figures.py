@@ -39,6 +39,12 @@ def test_a_histogram_counts_every_number(numbers, bins):
     assert (np.diff(edges) > 0).all()
 
 
+def test_the_quantile_of_zeros_is_zero():
+    distribution = Distribution()
+    distribution.add([0.0, -0.0, 0.0, 1.0, -1.0])
+    assert [distribution.quantile(share) for share in (0, 0.25, 0.5, 0.75, 1)] == [-1, 0, 0, 0, 1]
+
+
 def test_a_histogram_shows_the_middle_although_one_number_is_far_out():
     distribution = Distribution()
     distribution.add([*np.linspace(0, 10, 1000).tolist(), 1e6])

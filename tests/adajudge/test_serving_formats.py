@@ -137,13 +137,13 @@ def test_a_bad_row_of_a_format_without_errors_is_named_and_no_score_invented(cli
 
 
 INVALID = [
-    ("/get_reward", {}, "query", "Field required"),
-    ("/get_reward", {"query": RENDERED}, "query", "valid list"),
-    ("/get_reward", [RENDERED], None, "valid dictionary"),
+    ("/get_reward", {}, "query", "expected this field"),
+    ("/get_reward", {"query": RENDERED}, "query", "text came, expected a list"),
+    ("/get_reward", [RENDERED], None, "list came, expected an object"),
     ("/classify", {}, None, "expected either input or messages"),
     ("/classify", {"input": RENDERED, "messages": MESSAGES}, None, "expected either input or messages"),
     ("/classify", {"input": []}, None, "an empty list came"),
-    ("/classify", {"input": 7}, "input.str", "valid string"),
+    ("/classify", {"input": 7}, "input.str", "number came, expected text"),
     ("/classify", {"input": RENDERED, "use_activation": True}, None, "never put through a sigmoid"),
     ("/classify", {"input": RENDERED, "truncate_prompt_tokens": 8}, None, "max_length holds"),
     ("/classify", {"input": RENDERED, "chat_template": "x"}, None, "own chat template"),
@@ -161,7 +161,7 @@ INVALID = [
     ("/v1/embeddings", {"input": RENDERED, "encoding_format": "hex"}, "encoding_format", "'base64'"),
     ("/v1/embeddings", {"input": "\ud800"}, "input", "half of a surrogate pair"),
     ("/v1/rewards", {"rows": []}, "rows", "at least one row"),
-    ("/v1/rewards", {"rows": [ROW], "row": 1}, "row", "Extra inputs"),
+    ("/v1/rewards", {"rows": [ROW], "row": 1}, "row", "there is no such field"),
 ]
 
 

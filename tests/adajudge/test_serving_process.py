@@ -159,7 +159,13 @@ def test_a_crash_is_exit_code_two(capsys, monkeypatch):
 def test_a_port_in_use_is_an_error_of_one_line(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "in use" in refused(capsys, "--port", str(taken.getsockname()[1]))
-    assert "port must be" in refused(capsys, "--port", "99999")
+
+
+def test_a_port_that_there_cannot_be_is_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--port", "70000"])
+    assert ended.value.code == 2
+    assert "--port: 70000 came, expected 0 to 65535" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named_with_what_installs_it(capsys, monkeypatch):

@@ -130,7 +130,7 @@ def test_lora_merged(options, tmp_path):
     merged = Scorer.from_pretrained(tmp_path / "out")
     expected = Scorer(adapter, merged.encoder._template.tokenizer)
     reward, again = (s.score_response(row["prompt"], row["chosen"]).reward for s in (merged, expected))
-    assert reward == again != 0
+    assert reward == pytest.approx(again, rel=1e-5) != 0  # the attention may be another
 
 
 def test_an_adapter_is_scored_as_the_judge_it_makes(options, tmp_path):
@@ -140,7 +140,7 @@ def test_an_adapter_is_scored_as_the_judge_it_makes(options, tmp_path):
     expected = Scorer(load_judge(tmp_path / "out"), scorer.encoder._template.tokenizer)
     row = toy_rows()[0]
     reward, again = (s.score_response(row["prompt"], row["chosen"]).reward for s in (scorer, expected))
-    assert reward == again != 0
+    assert reward == pytest.approx(again, rel=1e-5) != 0  # the attention may be another
 
 
 def test_a_frozen_backbone_stays_as_it_was(options, tmp_path, backbone):

@@ -94,9 +94,11 @@ def _print_what_is_left(output: str, started: int) -> None:
 
 def _check_outputs(args: argparse.Namespace) -> None:
     """The input is not lost: nothing that the command writes or removes may be it. Nor is any of it a folder."""
+    from adajudge.data.writing import check_target
     from adajudge.scoring.jobs import error_file, job_folder
 
     source, target = args.input, args.output
+    check_target(target)
     errors = error_file(target)
     written = [] if target == "-" else [target, errors]
     if target != "-" and os.path.isdir(errors):

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     judge_options.add_arguments(parser)
     add("host", default="127.0.0.1", help="address to bind; others than loopback need a key")
-    add("port", type=int, default=8000, help="0 chooses a free one; the URL is printed")
+    add("port", type=_port, default=8000, help="0 chooses a free one; the URL is printed")
     add("api_key", metavar="KEY", help=f"that clients must send; better in the environment: {_KEY}")
     add("insecure", action="store_true", help="no key although others can reach the address")
     add("served_model_name", metavar="NAME", help="the judge's name in answers; default: its folder's")
@@ -44,6 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("max_rows", type=int, default=8192, help="responses of one request; more: 413")
     add("max_body_mb", type=float, default=64.0, help="MiB of a request; more: 413")
     add("timeout", type=float, default=150.0, help="seconds for a request; more: 504")
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text} came, expected 0 to 65535")
+    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -118,7 +118,9 @@ class Summary:
         if not total.pairs:
             return
         right, pairs = (sum(counts[i] for counts in total.pairs.values()) for i in (0, 1))
-        table = Table(title="accuracy on pairs (chosen above rejected)", title_justify="left", box=None)
+        table = Table(
+            title="accuracy on pairs (chosen above rejected; a tie is wrong)", title_justify="left", box=None
+        )
         table.add_column("")
         for domain in total.pairs:
             table.add_column(escape(domain), justify="right")
@@ -128,8 +130,8 @@ class Summary:
             *(_percent(r, n) for r, n in total.pairs.values()),
             f"{_percent(right, pairs)} ({right}/{pairs})",
         )
-        longer = total.longer[0] + total.longer[2] / 2
-        table.add_row("longer response wins, these rows", *[""] * len(total.pairs), _percent(longer, pairs))
+        longer = _percent(total.longer[0], pairs)
+        table.add_row("longer response wins, these rows", *[""] * len(total.pairs), longer)
         for name, figures in _card_rows(card, list(total.pairs)):
             table.add_row(name, *figures)
         console.print(table)

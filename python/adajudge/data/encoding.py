@@ -90,8 +90,8 @@ class ConversationEncoder:
         max_length: longest sequence in tokens; ``None``: no limit. Callers pass the backbone's
             ``max_position_embeddings``.
         chat_template: Jinja text, or the path of a file with it, in place of the tokenizer's own.
-        truncate_response: keep the beginning of a response that does not fit (behind bos and assistant
-            header, its end and terminator lost) instead of raising.
+        truncate_response: a response that does not fit loses its end and terminator instead of raising. Up to half of
+            `max_length` is the prompt's then: its latest tokens stay.
 
     Raises:
         ChatTemplateError: there is no usable chat template.
@@ -227,7 +227,7 @@ class ConversationEncoder:
             return self._counted(ids, prompt_length)
         prompt, response = ids[:prompt_length], ids[prompt_length:]
         room = self.max_length - len(response)
-        if room < min(len(prompt), self._least_prompt(prompt)):
+        if room < self._least_prompt(prompt):
             return self._fit_response(prompt, response, self.max_length)
         kept = self._cut_prompt(prompt, room)
         return self._counted(kept + response, len(kept), prompt_tokens_cut=len(prompt) - len(kept))
@@ -249,10 +249,14 @@ class ConversationEncoder:
         )
 
     def _least_prompt(self, prompt: list[int]) -> int:
-        """Tokens that stay of any prompt: bos and assistant header. A response without them is no answer."""
+        """Tokens that stay of any prompt, at most all: bos and assistant header, without which a response is no answer; half
+        of all where the response may be cut."""
         boundary = self.boundary
         header = len(boundary.assistant_header_ids) + len(boundary.scaffold_ids)
-        return header + (prompt[:1] == [self._bos_id])
+        least = header + (prompt[:1] == [self._bos_id])
+        if self.truncate_response and self.max_length is not None:
+            least = max(least, self.max_length // 2)
+        return min(least, len(prompt))
 
     def _cut_prompt(self, prompt: list[int], room: int) -> list[int]:
         """At most ``room`` tokens: a leading bos, then the latest ones."""

@@ -76,7 +76,7 @@ class RowReader:
             explicit = _has_explicit_id(record, row)
             first = ids.register(row.id, line, explicit)
             if first is not None and isinstance(row, Row):
-                row = row.error("id", _duplicate_reason(row.id, first, explicit))
+                row = row.error("id", _duplicate_reason(row.id, first, explicit, ids.is_number_of(first)))
             if isinstance(row, RowError):
                 counts.errors += 1
             elif row.tie:
@@ -158,7 +158,7 @@ def _decode_json(raw: bytes, line: int) -> Any:
     except UnicodeDecodeError as error:
         reason = f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start}"
     except json.JSONDecodeError as error:
-        reason = f"invalid JSON: {error.msg} at column {error.colno}"
+        reason = f"invalid JSON at column {error.colno}: {error.msg.removesuffix(' at')}"
     except (ValueError, RecursionError) as error:  # a number with too many digits, a list too deep
         reason = f"invalid JSON: {error}"
     return RowError(line, str(line), "row", reason)
@@ -168,6 +168,8 @@ def _load_json(path: str) -> list[Any]:
     hint = "expected one JSON list of objects (one object a line belongs in a file named .jsonl)"
     try:
         value = parse_json(Path(path).read_bytes().decode("utf-8-sig"))
+    except RepeatedKeyError as error:
+        raise DataFileError(f"{path}: {error}; expected once") from error
     except (OSError, ValueError, RecursionError) as error:
         raise DataFileError(f"{path}: {error}; {hint}") from error
     if not isinstance(value, list):
@@ -207,7 +209,9 @@ def _has_explicit_id(record: object, row: Row | RowError) -> bool:
     return sound and isinstance(record, dict) and record.get("id") is not None
 
 
-def _duplicate_reason(row_id: str, first: int, explicit: bool) -> str:
+def _duplicate_reason(row_id: str, first: int, explicit: bool, numbered: bool) -> str:
+    if numbered:
+        return f"duplicate id {row_id!r}: line {first} has no id and goes by its number"
     reason = f"duplicate id {row_id!r}: first at line {first}"
     if explicit:
         return reason
@@ -238,9 +242,13 @@ class _SeenIds:
             self._run_ends.append(line)
         return None
 
+    def is_number_of(self, line: int) -> bool:
+        """Whether a line's number serves as its id."""
+        run = bisect_right(self._run_starts, line) - 1
+        return run >= 0 and line <= self._run_ends[run]
+
     def _numbered_line(self, row_id: str) -> int | None:
         if not row_id.isascii() or not row_id.isdigit() or row_id != row_id.lstrip("0") or len(row_id) > 18:
             return None
         number = int(row_id)
-        run = bisect_right(self._run_starts, number) - 1
-        return number if run >= 0 and number <= self._run_ends[run] else None
+        return number if self.is_number_of(number) else None

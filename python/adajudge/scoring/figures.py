@@ -109,6 +109,7 @@ class Distribution:
         middle = (keys.astype(np.uint32) << np.uint32(_CUT_BITS)) | np.uint32(1 << (_CUT_BITS - 1))
         bits = np.where(middle & _SIGN, middle ^ _SIGN, ~middle)
         numbers = bits.view(np.float32).astype(np.float64)
+        numbers[np.abs(numbers) < np.finfo(np.float32).tiny] = 0  # zero, and what is counted with it
         return np.clip(numbers, self.least, self.greatest), self._counts[keys]
 
     def quantile(self, share: float) -> float:

@@ -232,7 +232,11 @@ class Scorer:
     def _check_known(self, encoded: EncodedRow) -> None:
         unknown = encoded.unknown_share
         if self.unknown_limit is not None and unknown > self.unknown_limit:
-            raise EncodingError("row", f"{unknown:.0%} of its words are unknown to this judge; not scored")
+            raise EncodingError(
+                "row",
+                f"{unknown:.0%} of its words are unknown to this judge, expected at most {self.unknown_limit:.0%} "
+                "(--allow_unknown scores such rows)",
+            )
 
     def _encode_all(self, rows: Sequence[Row | RowError]) -> list[Encoded | RowError]:
         return [self.encode(row) if isinstance(row, Row) else row for row in rows]

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -245,10 +246,9 @@ def _parse(body: bytearray, wire: WireFormat, max_rows: int) -> tuple[str, list[
     try:
         request = wire.request.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        first = error.errors(include_url=False, include_context=False)[0]
         field = "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in first["loc"]).lstrip(".")
-        message = first["msg"].removeprefix("Value error, ")
-        raise ServingError(422, "invalid_request", message, field=field or None) from None
+        raise ServingError(422, "invalid_request", _fault_of_request(first), field=field or None) from None
     items: list[Item] = []
     rows = 0
     for item in wire.items(request):
@@ -259,6 +259,31 @@ def _parse(body: bytearray, wire: WireFormat, max_rows: int) -> tuple[str, list[
             )
         items.append(item)
     return getattr(request, "encoding_format", "float"), items
+
+
+def _fault_of_request(error: ErrorDetails) -> str:
+    """What came and what was expected, of what is wrong in a request."""
+    kinds = {
+        dict: "object",
+        list: "list",
+        str: "text",
+        bool: "boolean",
+        int: "number",
+        float: "number",
+        type(None): "null",
+    }
+    came = kinds.get(type(error["input"]), type(error["input"]).__name__)
+    if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{came} came, expected an object"
+    if error["type"] == "list_type":
+        return f"{came} came, expected a list"
+    if error["type"] == "string_type":
+        return f"{came} came, expected text"
+    if error["type"] == "missing":
+        return "nothing came, expected this field"
+    if error["type"] == "extra_forbidden":
+        return "there is no such field"
+    return error["msg"].removeprefix("Value error, ")
 
 
 def _pieces(items: list[Item]) -> Iterator[list[tuple[int, Item]]]:
