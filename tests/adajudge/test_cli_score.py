@@ -141,6 +141,15 @@ def test_a_pipe_that_stays_open_is_answered_window_by_window(monkeypatch):
     assert pipe.getvalue().count(b"\n") == 5
 
 
+def test_without_a_terminal_progress_is_a_line_from_time_to_time(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("adajudge.cli.score._LINE_SECONDS", 0.0)
+    source = write_lines(tmp_path / "rows.jsonl", *(GOOD | {"id": str(i)} for i in range(5)))
+    assert main(["score", source, "--output", str(tmp_path / "scores.jsonl"), "--window", "2"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("scoring: ")]
+    assert [line.split(" rows passed ")[0] for line in lines][-1] == "scoring: 5"
+    assert all("rows/s" in line and "tokens/s" in line for line in lines)
+
+
 def test_unknown_words_are_scored_only_on_request(tmp_path):
     strange = {"id": "strange", "prompt": "Discuss Kant.", "response": "He wrote three critiques."}
     source, output = write_lines(tmp_path / "in.jsonl", strange), tmp_path / "out.jsonl"

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _TABLE_ROWS = 100
 _FILE_WIDTH = 120  # of what is printed to no terminal
+_LINE_SECONDS = 60.0  # between lines of progress there
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -236,27 +237,35 @@ def _print_resumed(job: ScoringJob) -> None:
 def _progress(
     reader: RowReader, scorer: Scorer, ranks: Ranks | None = None
 ) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on a terminal; it is told what is being done, the rows passed, and those scored by this process."""
+    """A progress bar on a terminal, else a line a minute; told what is being done, the rows passed, and those scored by this
+    process."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    shown = console.is_terminal and (ranks is None or ranks.first)
+    first = ranks is None or ranks.first
+    shown = first and console.is_terminal
     several = f" (rank 0 of {ranks.size})" if ranks is not None and ranks.size > 1 else ""
     texts = TextColumn("{task.description}"), TextColumn("{task.fields[rate]}")
     columns = (texts[0], BarColumn(), MofNCompleteColumn(), texts[1], TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
         total = reader.total() if shown else None
-        task, started = progress.add_task("scoring", total=total, rate=""), time.perf_counter()
+        task = progress.add_task("scoring", total=total, rate="")
+        started = told = time.perf_counter()
 
         def show(doing: str, passed: int, scored: int) -> None:
-            seconds = max(time.perf_counter() - started, 1e-9)
+            nonlocal told
+            now = time.perf_counter()
+            seconds = max(now - started, 1e-9)
             rate = ""
             if doing == "scoring":
                 rate = (
                     f"{scored / seconds:,.0f} rows/s, {scorer.tokens_scored / seconds:,.0f} tokens/s{several}"
                 )
             progress.update(task, description=doing, completed=passed, rate=rate)
+            if first and not shown and now - told >= _LINE_SECONDS:
+                told = now
+                print(f"{doing}: {passed:,} rows passed {rate}".rstrip(), file=sys.stderr)
 
         yield show
 
