@@ -102,7 +102,7 @@ def sequence_attention_forward(
     padded: bool,
 ) -> tuple[Tensor, Tensor]:
     """Attention ``[N, H, e]``, zero at padding; the second output is empty, nothing more is kept."""
-    out = (torch.zeros if padded else torch.empty)(query.shape, dtype=query.dtype)
+    out = (query.new_zeros if padded else query.new_empty)(query.shape)
     query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
     _, heads, head_size = query.shape
     compiled.run(

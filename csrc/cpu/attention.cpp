@@ -2,8 +2,10 @@
 //
 // Lanes are queries. So scores and mixtures are the same product, of columns of lanes with a number that all of them share
 // (of a key, of a value), the softmax is the same operation on all lanes, and no sum runs across lanes. A query's bits
-// depend on the keys that it sees, counted from its sequence's first, and on nothing else.
+// depend on the keys that it sees, counted from its sequence's first, and on nothing else, as long as values are finite: a
+// value of its own range that comes later is multiplied by zero.
 #include <cmath>
+#include <limits>
 
 #include "dtypes.h"
 #include "rows.h"
@@ -108,7 +110,7 @@ struct Attend {
         fill_zero(tile.query, TILE * call.head_size);
         fill_zero(tile.mixed, TILE * width);
         fill_zero(tile.totals, TILE);
-        for (int i = 0; i < TILE; ++i) tile.tops[i] = -INFINITY;
+        for (int i = 0; i < TILE; ++i) tile.tops[i] = std::numeric_limits<A>::lowest();  // -inf - -inf would be NaN
         for (int64_t i = 0; i < tile.count; ++i) {
             const T* row = static_cast<const T*>(call.query) + (tile.first + i) * call.query_token + tile.head * call.query_head;
             for_lanes(0, call.head_size, [&](int64_t j, auto n) {

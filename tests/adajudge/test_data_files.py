@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from adajudge.data import DataFileError, Row, RowError, read_rows
+from adajudge.data.json_text import RepeatedKeyError, parse_json
 
 RECORDS = [{"id": f"r{i}", "prompt": f"q{i} 🙂", "response": "a\u2028b"} for i in range(5)]
 
@@ -175,6 +176,17 @@ def test_an_unreadable_file_raises_and_names_the_path(tmp_path, name, content, e
 def test_a_directory_is_no_data_file(tmp_path):
     with pytest.raises(DataFileError, match="is a directory"):
         read_rows(tmp_path)
+
+
+def test_a_repeated_key_among_many_is_found_at_once():
+    text = json.dumps({str(i): i for i in range(200_000)})[:-1] + ', "199999": 0}'
+    with pytest.raises(RepeatedKeyError, match="'199999' comes twice"):
+        parse_json(text)
+
+
+def test_the_line_number_of_an_unreadable_line_is_free_as_an_id(tmp_path):
+    content = b'{"id":"0","prompt":"q","response":"a"}\n{\n{"id":"2","prompt":"q","response":"a"}\n'
+    assert [error.line for error in errors(write(tmp_path / "rows.jsonl", content))] == [2]
 
 
 def test_a_key_that_comes_twice_is_an_error_not_a_guess(tmp_path):

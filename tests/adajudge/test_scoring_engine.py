@@ -160,10 +160,11 @@ OUT_OF_MEMORY = [
     RuntimeError(
         "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried ..."
     ),
+    MemoryError("std::bad_alloc"),  # of a compiled kernel
 ]
 
 
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cuda", "cublas", "triton", "cpu"])
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cuda", "cublas", "triton", "cpu", "compiled"])
 def test_where_there_is_no_room_the_budget_is_halved(little_room, error, caplog):
     rows = encoded()
     engine = Engine(little_room(30, error), 100)

@@ -139,11 +139,11 @@ def test_a_bad_row_of_a_format_without_errors_is_named_and_no_score_invented(cli
 INVALID = [
     ("/get_reward", {}, "query", "expected this field"),
     ("/get_reward", {"query": RENDERED}, "query", "text came, expected a list"),
-    ("/get_reward", [RENDERED], None, "list came, expected an object"),
+    ("/get_reward", [RENDERED], None, "a list came, expected an object"),
     ("/classify", {}, None, "expected either input or messages"),
     ("/classify", {"input": RENDERED, "messages": MESSAGES}, None, "expected either input or messages"),
     ("/classify", {"input": []}, None, "an empty list came"),
-    ("/classify", {"input": 7}, "input.str", "number came, expected text"),
+    ("/classify", {"input": 7}, "input", "a number came, expected text or a list"),
     ("/classify", {"input": RENDERED, "use_activation": True}, None, "never put through a sigmoid"),
     ("/classify", {"input": RENDERED, "truncate_prompt_tokens": 8}, None, "max_length holds"),
     ("/classify", {"input": RENDERED, "chat_template": "x"}, None, "own chat template"),

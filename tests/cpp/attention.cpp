@@ -58,7 +58,7 @@ struct Groups {
 }  // namespace
 
 CASE(attention) {
-    const int64_t tokens = setting.tokens.roles.size(), e = 1 + setting.features % 40, heads = 5, key_heads = 1;
+    const int64_t tokens = setting.tokens.roles.size(), e = 1 + setting.features % 131, heads = 10, key_heads = 2;
     const bool shared = setting.tokens.name == "shared";
     for (const auto& [causal, some] : {std::pair{true, false}, std::pair{true, true}, std::pair{false, false}}) {
         if (shared && !causal) continue;  // a prompt does not see the responses
@@ -67,11 +67,11 @@ CASE(attention) {
         const double scale = 1 / std::sqrt(e);
         const Buffer query = Buffer::random(setting.dtype, queries * heads * e);
         Buffer out(setting.dtype, queries * heads * e);
-        const Buffer key_value = Buffer::random(setting.dtype, tokens * 2 * e);  // merged, as projections come
-        const auto* values = static_cast<const unsigned char*>(key_value.data()) + e * size_of(setting.dtype);
+        const Buffer key_value = Buffer::random(setting.dtype, tokens * 2 * key_heads * e);  // [T, 2, J, e], as projections come
+        const auto* values = static_cast<const unsigned char*>(key_value.data()) + key_heads * e * size_of(setting.dtype);
         on::attention({setting.dtype, setting.threads, heads, key_heads, e, causal, scale, groups.tables[0].data.get(),
                        groups.tables[1].data.get(), groups.tables[2].data.get(), some ? groups.rows.data() : nullptr,
-                       groups.num_chunks, query, heads * e, e, key_value, 2 * e, e, values, 2 * e, e, out});
+                       groups.num_chunks, query, heads * e, e, key_value, 2 * key_heads * e, e, values, 2 * key_heads * e, e, out});
         const Numbers q = query.numbers(), kv = key_value.numbers();
         Numbers expected = out.numbers();
         for (int64_t row = 0; row < queries; ++row) {
@@ -80,10 +80,13 @@ CASE(attention) {
             for (int64_t h = 0; h < heads; ++h) {
                 const double* own = q.data() + (row * heads + h) * e;
                 double* to = expected.data() + (row * heads + h) * e;
+                const auto place = [&](int64_t t, bool value) {
+                    return kv.data() + ((t * 2 + value) * key_heads + h / (heads / key_heads)) * e;
+                };
                 Numbers scores;
                 for (int64_t t : seen) {
                     double score = 0;
-                    for (int64_t j = 0; j < e; ++j) score += own[j] * kv[t * 2 * e + j];
+                    for (int64_t j = 0; j < e; ++j) score += own[j] * place(t, false)[j];
                     scores.push_back(score * scale);
                 }
                 double top = scores[0], total = 0;
@@ -91,7 +94,7 @@ CASE(attention) {
                 for (double& score : scores) total += score = std::exp(score - top);
                 for (int64_t j = 0; j < e; ++j) {
                     to[j] = 0;
-                    for (std::size_t i = 0; i < seen.size(); ++i) to[j] += scores[i] / total * kv[seen[i] * 2 * e + e + j];
+                    for (std::size_t i = 0; i < seen.size(); ++i) to[j] += scores[i] / total * place(seen[i], true)[j];
                 }
             }
         }

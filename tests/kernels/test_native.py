@@ -11,6 +11,7 @@ import torch
 
 import adajudge_kernels as ak
 from adajudge_kernels import backends, compiled
+from adajudge_kernels.refinement.ops import sequence_attention
 from tests.kernels.batches import LAYOUTS, LONG, RAGGED, Batch, place
 from tests.kernels.comparison import (
     assert_same_bits,
@@ -72,6 +73,16 @@ def test_attention_has_the_same_bits_on_instruction_sets_that_fuse_and_any_threa
     run = lambda: (operation.call(inputs, layout), {})  # noqa: E731
     with ak.use_backend("cpu"):
         assert_same_bits(itertools.chain(on_every_level(fusing_levels, run), on_several_threads(run)))
+
+
+def test_attention_leaves_out_keys_of_no_weight_wherever_they_come():
+    """Of a whole block of keys, too, the first; and wherever torch makes tensors when nobody says where."""
+    query, value = torch.ones(100, 1, 16), torch.randn(100, 1, 16)
+    key = torch.cat([torch.full((70, 1, 16), -torch.inf), torch.ones(30, 1, 16)])
+    layout = ak.SequenceLayout.packed([0], [100])
+    with ak.use_backend("cpu"), torch.device("meta"):
+        out = sequence_attention([query, key, value], layout, causal=False)
+    assert torch.allclose(out, value[70:].mean(dim=0).expand_as(out), atol=1e-6)
 
 
 @rowwise

@@ -90,8 +90,8 @@ class ConversationEncoder:
         max_length: longest sequence in tokens; ``None``: no limit. Callers pass the backbone's
             ``max_position_embeddings``.
         chat_template: Jinja text, or the path of a file with it, in place of the tokenizer's own.
-        truncate_response: a response that does not fit loses its end and terminator instead of raising. Up to half of
-            `max_length` is the prompt's then: its latest tokens stay.
+        truncate_response: a response that does not fit behind its prompt, or half of `max_length` of it, loses its end and
+            terminator instead of raising.
 
     Raises:
         ChatTemplateError: there is no usable chat template.

@@ -55,8 +55,9 @@ class RowReader:
 
     Ids are unique over all rows that are read: a second record with the same ``id`` is a :class:`RowError`
     that names the first line, whether or not the first was sound (of several faults of one record the first
-    found is reported). A record without an ``id`` goes by its line number; if another record of the file
-    carries that number as its explicit ``id``, the later of the two is the error.
+    found is reported), unless the first could not be read at all. A record without an ``id`` goes by its line
+    number; if another record of the file carries that number as its explicit ``id``, the later of the two is
+    the error.
     """
 
     def __init__(self, source: str | os.PathLike[str], *, keep_ties: bool = False) -> None:
@@ -72,7 +73,11 @@ class RowReader:
         self.counts = counts = ReadCounts()
         ids = _SeenIds()
         for line, record in self._records():
-            row = record if isinstance(record, RowError) else parse_row(record, line)
+            if isinstance(record, RowError):  # it cannot be read, its id neither
+                counts.errors += 1
+                yield record
+                continue
+            row = parse_row(record, line)
             explicit = _has_explicit_id(record, row)
             first = ids.register(row.id, line, explicit)
             if first is not None and isinstance(row, Row):

@@ -130,7 +130,7 @@ class Engine:
                 out = self.model(**inputs)
             numbers = [out.logits, out.view_scores, out.view_weights, out.depth_weights]
             table = torch.cat([x.float() for x in numbers], dim=1)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
         else:
@@ -145,10 +145,12 @@ def _put_back(waiting: deque[tuple[Way, Pack]], way: Way, packs: list[Pack]) -> 
     waiting.extendleft((way, pack) for pack in reversed(packs))
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """torch has a class for it; the CPU's allocator, cuBLAS and Triton only say it."""
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch and Python have a class for it; the CPU's allocator, cuBLAS and Triton only say it."""
     texts = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        text in str(error) for text in texts
+    )
 
 
 def _result_of(row: EncodedRow, numbers: list[float] | ScoringError) -> Score | ScoringError:

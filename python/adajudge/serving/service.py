@@ -35,6 +35,17 @@ _BODIES = 8  # bodies of the largest size that may be held at once
 _LAST_BATCH = 5.0  # seconds for a batch whose clients have all gone
 _LISTED = 100  # bad rows that an error lists
 
+# Of JSON's types, and of what pydantic calls its errors and the alternatives of a field.
+_KINDS: dict[type, str] = {
+    **{dict: "an object", list: "a list", str: "text", bool: "a boolean"},
+    **{int: "a number", float: "a number", type(None): "null"},
+}
+_EXPECTED = {
+    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "an object"),
+    **{"list_type": "a list", "string_type": "text", "bool_type": "a boolean"},
+}
+_ALTERNATIVES: dict[int | str, str] = {"str": "text", "list[any]": "a list"}
+
 
 class Service:
     """Scores the bodies of requests with one judge.
@@ -242,13 +253,12 @@ def _parse(body: bytearray, wire: WireFormat, max_rows: int) -> tuple[str, list[
     try:
         content = parse_json(body)
     except (ValueError, RecursionError) as error:
-        raise ServingError(400, "invalid_json", f"the body cannot be read: {error}") from None
+        raise ServingError(400, "invalid_json", f"the body cannot be read: {shortened(str(error))}") from None
     try:
         request = wire.request.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        field = "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in first["loc"]).lstrip(".")
-        raise ServingError(422, "invalid_request", _fault_of_request(first), field=field or None) from None
+        field, message = _fault_of_request(error.errors(include_url=False, include_context=False))
+        raise ServingError(422, "invalid_request", message, field=shortened(field) or None) from None
     items: list[Item] = []
     rows = 0
     for item in wire.items(request):
@@ -261,29 +271,24 @@ def _parse(body: bytearray, wire: WireFormat, max_rows: int) -> tuple[str, list[
     return getattr(request, "encoding_format", "float"), items
 
 
-def _fault_of_request(error: ErrorDetails) -> str:
-    """What came and what was expected, of what is wrong in a request."""
-    kinds = {
-        dict: "object",
-        list: "list",
-        str: "text",
-        bool: "boolean",
-        int: "number",
-        float: "number",
-        type(None): "null",
-    }
-    came = kinds.get(type(error["input"]), type(error["input"]).__name__)
-    if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        return f"{came} came, expected an object"
-    if error["type"] == "list_type":
-        return f"{came} came, expected a list"
-    if error["type"] == "string_type":
-        return f"{came} came, expected text"
-    if error["type"] == "missing":
-        return "nothing came, expected this field"
-    if error["type"] == "extra_forbidden":
-        return "there is no such field"
-    return error["msg"].removeprefix("Value error, ")
+def _fault_of_request(errors: list[ErrorDetails]) -> tuple[str, str]:
+    """The first field that is wrong, and what came and what was expected there."""
+    first = errors[0]
+    place = first["loc"]
+    came = _KINDS.get(type(first["input"]), type(first["input"]).__name__)
+    expected = _EXPECTED.get(first["type"])
+    if place and place[-1] in _ALTERNATIVES:  # of several types
+        place = place[:-1]
+        tags = [e["loc"][-1] for e in errors if e["loc"][:-1] == place]
+        expected = " or ".join(_ALTERNATIVES[tag] for tag in tags if tag in _ALTERNATIVES)
+    field = "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in place).lstrip(".")
+    if expected is not None:
+        return field, f"{came} came, expected {expected}"
+    if first["type"] == "missing":
+        return field, "nothing came, expected this field"
+    if first["type"] == "extra_forbidden":
+        return field, "there is no such field"
+    return field, first["msg"].removeprefix("Value error, ")
 
 
 def _pieces(items: list[Item]) -> Iterator[list[tuple[int, Item]]]:
