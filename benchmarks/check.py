@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import sizes
+from benchmarks import test_head as head
 from benchmarks.allocator import keep_freed_memory
 from benchmarks.case import OURS, PLACES, Case
 from benchmarks.measuring import built, timed
@@ -49,6 +50,7 @@ def cpu_gates() -> list[Gate]:
         Gate("pooling, packed, forward", pooling, False),
         Gate("pooling, packed, forward + backward", pooling, True),
         Gate("experts, B=16, forward", experts, False),
+        Gate("whole head, forward", head.case_of("head", chosen.head_tokens[-1], chosen, device), False),
     ]
 
 

@@ -425,7 +425,7 @@ def test_two_processes_killed_and_one_goes_on(judge, adajudge, tmp_path, capsys)
     killed = [adajudge.kill(process) for process in processes]
     assert killed == [True, True], log.read_text()
     done = {int(path.stem) for path in parts_of(output)}
-    assert done != set(range(len(done)))  # both had their share
+    assert {0, 1} <= done  # the first of each process: both had their share
     assert main([*command, str(output)]) == 1
     assert f"{10 * len(done)} rows are scored already" in capsys.readouterr().err
     assert main([*command, str(tmp_path / "whole.jsonl")]) == 1
