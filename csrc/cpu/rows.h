@@ -42,6 +42,33 @@ A dot(const A* a, const A* b, int64_t d) {
     return sum<A>(total);
 }
 
+// A sum of many terms: eights of eights, so that its error grows with the logarithm of their number.
+template <class A>
+class LongSum {
+public:
+    LongSum() {
+        for (auto& level : levels_) level = broadcast<Lanes<A>>(A(0));
+    }
+    ALWAYS_INLINE void add(Lanes<A> x) {
+        levels_[0] += x;
+        ++count_;
+        for (int level = 0; level + 1 < LEVELS && count_ % (int64_t(8) << 3 * level) == 0; ++level) {
+            levels_[level + 1] += levels_[level];
+            levels_[level] = broadcast<Lanes<A>>(A(0));
+        }
+    }
+    ALWAYS_INLINE Lanes<A> total() const {
+        Lanes<A> sum = levels_[0];
+        for (int level = 1; level < LEVELS; ++level) sum += levels_[level];
+        return sum;
+    }
+
+private:
+    static constexpr int LEVELS = 5;
+    Lanes<A> levels_[LEVELS];
+    int64_t count_ = 0;
+};
+
 // out = the sum of `count` rows; of groups of them first, for accuracy.
 template <class A>
 void sum_rows(const A* rows, int64_t count, int64_t d, A* out, int threads) {

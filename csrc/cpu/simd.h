@@ -377,33 +377,6 @@ ALWAYS_INLINE void for_segments(int64_t count, Body body) {
         body(begin, begin + SEGMENT < count ? begin + SEGMENT : count);
 }
 
-// A sum of many terms: eights of eights, so that its error grows with the logarithm of their number.
-template <class A>
-class LongSum {
-public:
-    LongSum() {
-        for (auto& level : levels_) level = broadcast<Lanes<A>>(A(0));
-    }
-    ALWAYS_INLINE void add(Lanes<A> x) {
-        levels_[0] += x;
-        ++count_;
-        for (int level = 0; level + 1 < LEVELS && count_ % (int64_t(8) << 3 * level) == 0; ++level) {
-            levels_[level + 1] += levels_[level];
-            levels_[level] = broadcast<Lanes<A>>(A(0));
-        }
-    }
-    ALWAYS_INLINE Lanes<A> total() const {
-        Lanes<A> sum = levels_[0];
-        for (int level = 1; level < LEVELS; ++level) sum += levels_[level];
-        return sum;
-    }
-
-private:
-    static constexpr int LEVELS = 5;
-    Lanes<A> levels_[LEVELS];
-    int64_t count_ = 0;
-};
-
 // -- Functions -------------------------------------------------------------------------------------------------
 
 // The larger of each two; b where one is NaN.

@@ -128,19 +128,22 @@ def test_lora_merged(options, tmp_path):
     adapter = load_judge(tmp_path / "out" / "adapter")
     row = toy_rows()[0]
     merged = Scorer.from_pretrained(tmp_path / "out")
+    adapter.set_attn_implementation("adajudge")  # as the scorer's
     expected = Scorer(adapter, merged.encoder._template.tokenizer)
     reward, again = (s.score_response(row["prompt"], row["chosen"]).reward for s in (merged, expected))
-    assert reward == pytest.approx(again, rel=1e-5) != 0  # the attention may be another
+    assert reward == again != 0
 
 
 def test_an_adapter_is_scored_as_the_judge_it_makes(options, tmp_path):
     extra = {"use_peft": "true", "lora_r": 2, "lora_target_modules": ["q_proj", "v_proj"]}
     assert train(options | extra) == 0
     scorer = Scorer.from_pretrained(tmp_path / "out")
-    expected = Scorer(load_judge(tmp_path / "out"), scorer.encoder._template.tokenizer)
+    judge = load_judge(tmp_path / "out")
+    judge.set_attn_implementation("adajudge")  # as the scorer's
+    expected = Scorer(judge, scorer.encoder._template.tokenizer)
     row = toy_rows()[0]
     reward, again = (s.score_response(row["prompt"], row["chosen"]).reward for s in (scorer, expected))
-    assert reward == pytest.approx(again, rel=1e-5) != 0  # the attention may be another
+    assert reward == again != 0
 
 
 def test_a_frozen_backbone_stays_as_it_was(options, tmp_path, backbone):
