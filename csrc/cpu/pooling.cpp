@@ -6,7 +6,9 @@
 namespace adajudge::ADAJUDGE_LEVEL {
 namespace {
 
-constexpr int TILE = 6;                // tokens whose rows are added to a view together, while they are in the cache
+constexpr int TILE = 8;                // tokens whose rows are added to a view together, while they are in the cache
+constexpr int AHEAD = 2048;            // bytes of a state that are asked for before they are needed
+constexpr int READ_ONCE = 0;           // what is asked for need not stay in the caches
 constexpr int TOGETHER = 8;            // rows that a mean adds up before it touches memory
 constexpr int64_t COMBINED = 512;      // features that a thread combines at once
 
@@ -41,8 +43,8 @@ struct Scan {
         auto logit = broadcast<Lanes<A>>(A(0));
         for_segments(d, [&](int64_t begin, int64_t end) {
             auto part = broadcast<Lanes<A>>(A(0));
-            const auto ahead = [&](int64_t j) {  // half a row further, or the next token's; wider numbers need no help
-                for (int k = 0; sizeof(T) == 2 && k < depths; ++k) __builtin_prefetch(rows[k] + j + d / 2);
+            const auto ahead = [&](int64_t j) {  // in this row or the next
+                for (int k = 0; k < depths; ++k) __builtin_prefetch(rows[k] + j + AHEAD / sizeof(T), 0, READ_ONCE);
             };
             for_lines<T>(begin, end, ahead, [&](int64_t j, auto n) {
                 Lanes<A> x = load(rows[0] + j, n) * a[0];
@@ -101,11 +103,15 @@ struct Scan {
             if (!held) return;
             const A before = top;
             for (int r = 0; r < held; ++r) top = logits[r] <= top ? top : logits[r];  // NaN comes through
-            const A safe = finite(top);
-            const A scale = exp_of_negative(before - safe);
-            A p[TILE];
+            // p = exp(logits - top), and the scale of what came before in the lane after them.
+            static_assert(TILE < LANES);
+            A p[LANES] = {};
+            for (int r = 0; r < held; ++r) p[r] = logits[r] - finite(top);
+            p[TILE] = before - finite(top);
+            store_pack(p, exp_of_negative(load_pack<Lanes<A>>(p)));
+            const A scale = p[TILE];
             total *= scale;
-            for (int r = 0; r < held; ++r) total += p[r] = exp_of_negative(logits[r] - safe);
+            for (int r = 0; r < held; ++r) total += p[r];
             A* to = held_role == RESPONSE ? sum_row : nullptr;
             if (held == TILE) {
                 add<TILE>(weighted_row, to, scale, p, tile, width);
