@@ -1,4 +1,5 @@
-"""The refinement stage, and the whole head, against the same in plain PyTorch on padded states."""
+"""The refinement stage, and the whole head, against the same in plain PyTorch on padded states; the refinement stage also on
+packed states, in plain PyTorch and with other libraries' kernels."""
 
 import copy
 import functools
@@ -12,6 +13,10 @@ from benchmarks.backbones import draw_head
 from benchmarks.batches import Batch
 from benchmarks.case import OURS, Case, Side, compiled
 from benchmarks.eager import eager_head, eager_refinement
+from benchmarks.packed import LIBRARIES, packed_refinement, plain, usable_libraries
+
+ON_PADDED = [OURS, "eager", "torch.compile"]
+ON_PACKED = ["packed", "packed, torch.compile", *LIBRARIES]
 
 
 def head_case(part, tokens, scale, width, depths, dtype, device, places):
@@ -57,6 +62,19 @@ def head_case(part, tokens, scale, width, depths, dtype, device, places):
 
     fused = compiled(eager)
     padded = leaves(batch.pad(hidden))
+
+    def packed(operations, compiling=False):
+        def refined(states):
+            return packed_refinement(head.refinement, operations, states, batch.layout)
+
+        run = compiled(refined) if compiling else refined
+        return Side(lambda states, *_: run(states), leaves(hidden))
+
+    of_stage = {
+        "packed": packed(plain()),
+        "packed, torch.compile": packed(plain(), compiling=True),
+        **{name: packed(make()) for name, make in usable_libraries(device).items()},
+    }
     squares = int(batch.attention.sum(dim=1).square().sum())
     states_bytes, weights = hidden.nbytes, sum(p.nbytes for p in parameters)
     return Case(
@@ -68,6 +86,7 @@ def head_case(part, tokens, scale, width, depths, dtype, device, places):
             OURS: Side(ours, leaves(hidden)),
             "eager": Side(lambda x, *_: eager(head, x), padded, flat, flat),
             "torch.compile": Side(lambda x, *_: fused(head, x), padded, flat, flat),
+            **(of_stage if part == "refinement" else {}),
         },
         exact=exact,
         tokens=batch.rows,
@@ -91,16 +110,17 @@ def case_of(part, tokens, chosen, device):
     )
 
 
-sides = pytest.mark.parametrize("side", [OURS, "eager", "torch.compile"])
 backwards = pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward_and_backward"])
 
 
 def skip_unless_here(side, device):
-    if side == "torch.compile" and device.type == "cpu":
+    if "torch.compile" in side and device.type == "cpu":
         pytest.skip("on a CPU it is eager's matrix products")
+    if side in LIBRARIES and side not in usable_libraries(device):
+        pytest.skip(f"{side}'s kernels need a GPU, and the library installed")
 
 
-@sides
+@pytest.mark.parametrize("side", ON_PADDED + ON_PACKED)
 @backwards
 def test_refinement(measured, backward, side, chosen, device):
     skip_unless_here(side, device)
@@ -109,7 +129,7 @@ def test_refinement(measured, backward, side, chosen, device):
     )
 
 
-@sides
+@pytest.mark.parametrize("side", ON_PADDED)
 @backwards
 def test_head(measured, head_tokens, backward, side, chosen, device):
     skip_unless_here(side, device)

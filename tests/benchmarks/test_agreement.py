@@ -8,6 +8,7 @@ import torch
 from benchmarks.case import OURS, DifferentResults
 from benchmarks.test_depth_gate import gate_case
 from benchmarks.test_experts import experts_case
+from benchmarks.test_head import head_case
 from benchmarks.test_loss import loss_case
 from benchmarks.test_pooling import equal_lengths, pooling_case, ragged, six_candidates
 
@@ -60,6 +61,13 @@ def test_honest_gates_and_experts_pass(build, side, dtype, backward):
 @backwards
 def test_honest_losses_pass(side, backward):
     loss_case(40, CPU, 1).check(side, backward)
+
+
+@pytest.mark.parametrize("side", [OURS, "eager", "packed"])
+@both_dtypes
+@backwards
+def test_honest_refinement_passes(side, dtype, backward):
+    head_case("refinement", 200, 0.1, 16, 2, dtype, CPU, 1).check(side, backward)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
