@@ -311,7 +311,7 @@ def build_module(folder: Path, module: Path) -> None:
     if nvcc:
         supported = output_of([nvcc, "--list-gpu-arch"]).split()
         architectures = architecture_flags(os.environ.get("TORCH_CUDA_ARCH_LIST", ""), supported)
-        codes = ";".join(flag.partition("code=")[2] for flag in architectures)
+        codes = ";".join(flag.rpartition("code=")[2] for flag in architectures)
         options.append(f'-DADAJUDGE_WITH_CUDA="{codes}"')
     # First, for it takes the longest; nothing in it is worth optimising.
     objects = [

@@ -77,7 +77,7 @@ def unavailable_reason(backend: str, family: str | None = None) -> str | None:
     if backend == "cuda" and not compiled.module.emulated:
         if not torch.cuda.is_available():
             return "torch finds no GPU"
-        capability = torch.cuda.get_device_capability()
+        capability = _gpu_capability()
         if not serves_capability(compiled.module.cuda_code, capability):
             return (
                 f"the compiled module holds CUDA kernels for {compiled.module.cuda_code}, and the GPU is of "
@@ -176,6 +176,11 @@ def fastest_on_gpu(family: str) -> tuple[str, str]:
 @torch.compiler.assume_constant_result  # a trace reads no files
 def _traceable_fastest_on_gpu(family: str) -> tuple[str, str]:
     return fastest_on_gpu(family)
+
+
+@torch.compiler.assume_constant_result
+def _gpu_capability() -> tuple[int, int]:
+    return torch.cuda.get_device_capability()
 
 
 @functools.cache  # asked at every call that forces the backend

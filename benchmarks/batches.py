@@ -73,10 +73,11 @@ class Batch:
         )  # its backward is faster than that of flat[index]
         return rows.unflatten(0, index.shape) * (index >= 0)[..., None]
 
-    def flat(self, padded: Tensor) -> Tensor:
-        """A gradient ``[B, L, d]`` or ``[B * L, d]`` as one of the flat rows: summed over the sequences that share a row."""
-        rows = padded.reshape(-1, padded.shape[-1])[self.attention.flatten()]
-        index = self.index[self.attention]
+    def flat(self, padded: Tensor, some: slice = slice(None)) -> Tensor:
+        """A gradient ``[B, L, d]`` or ``[B * L, d]``, or that of `some` of the B sequences, as one of the flat rows: summed
+        over the sequences that share a row."""
+        rows = padded.reshape(-1, padded.shape[-1])[self.attention[some].flatten()]
+        index = self.index[some][self.attention[some]]
         return torch.zeros(self.rows, rows.shape[-1], dtype=torch.float64, device=rows.device).index_add(
             0, index, rows.double()
         )

@@ -4,6 +4,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import platform
+import time
 
 import pytest
 import torch
@@ -11,11 +12,23 @@ import torch
 from benchmarks import measuring, sizes
 from benchmarks.allocator import keep_freed_memory
 
+STARTED = pytest.StashKey[float]()
 SIZED = {"tokens", "pooled", "rows", "pairs", "head_tokens", "backbones", "trained"}
 
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="cpu or cuda")
+    parser.addoption("--within", type=float, help="seconds; a case that has not begun by then is skipped")
+
+
+def pytest_configure(config):
+    config.stash[STARTED] = time.monotonic()
+
+
+def pytest_runtest_setup(item):
+    within = item.config.getoption("--within")
+    if within is not None and time.monotonic() - item.config.stash[STARTED] > within:
+        pytest.skip(f"the {within:g} seconds are over")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,7 +45,7 @@ def pytest_generate_tests(metafunc):
     """Arguments that name a field of `sizes.Sizes` take its values for the device."""
     found = sizes.of(torch.device(metafunc.config.getoption("--device")))
     for name in SIZED & set(metafunc.fixturenames):
-        metafunc.parametrize(name, getattr(found, name), ids=lambda x: str(x).removeprefix("torch."))
+        metafunc.parametrize(name, getattr(found, name), ids=str)
 
 
 @pytest.fixture

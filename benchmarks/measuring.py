@@ -25,6 +25,7 @@ ROUNDS = range(3, 19)  # so many at least, and at most
 LEAST_BYTES = 32 << 20  # of leaves, to measure memory's bandwidth on them; smaller ones lie in caches
 CACHE_BYTES = 128 << 20  # more than a GPU's caches hold: what rounds go through there
 MOST_PLACES = 16
+QUEUED_CYCLES = 2_000_000  # that a GPU waits, a millisecond, while the CPU launches what is timed
 
 _kept: dict[Any, Case] = {}  # the last case, for its other sides
 
@@ -33,9 +34,9 @@ def built(build: Callable[[int], Case], device: torch.device) -> Case:
     key = build.func, build.args, tuple(build.keywords.items())  # type: ignore[attr-defined]
     if key not in _kept:
         _kept.clear()
-        case = build(PLACES)
-        if device.type == "cuda" and PLACES * case.input_bytes(OURS) < CACHE_BYTES:
-            case = build(min(MOST_PLACES, -(-CACHE_BYTES // max(1, case.input_bytes(OURS)))))
+        case = build(PLACES if device.type == "cpu" else 1)  # on a GPU more are for its caches only
+        if device.type == "cuda" and case.input_bytes(OURS) < CACHE_BYTES:
+            case = build(min(MOST_PLACES, 1 + CACHE_BYTES // max(1, case.input_bytes(OURS))))
         _kept[key] = case
     return _kept[key]
 
@@ -54,13 +55,15 @@ def timed(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def transfer(tensors: Sequence[Tensor], device: torch.device) -> float:
-    """Bytes per second: of a sum over all numbers on a CPU, on a GPU of a copy, both its ways counted."""
-    words = [x.detach().flatten().view(torch.int32).view(torch.float32) for x in tensors]
+    """Bytes per second: of a sum over all numbers on a CPU, on a GPU of a copy, both its ways counted; small tensors are
+    left out."""
+    large = [x for x in tensors if x.nbytes % 4 == 0 and x.nbytes >= LEAST_BYTES / len(tensors) / 4]
+    words = [x.detach().flatten().view(torch.int32).view(torch.float32) for x in large]
     moved = sum(x.nbytes for x in words)
     if device.type == "cpu":
         return moved / timed(lambda: [x.sum() for x in words], device)
     copies = [torch.empty_like(x) for x in words]
-    return 2 * moved / timed(lambda: [to.copy_(x) for to, x in zip(copies, words, strict=True)], device)
+    return 2 * moved / gpu_seconds(lambda: [to.copy_(x) for to, x in zip(copies, words, strict=True)])
 
 
 @functools.cache
@@ -69,17 +72,20 @@ def spare(device: torch.device) -> list[Tensor]:
     return [torch.zeros(64 << 20, dtype=torch.float32, device=device)]
 
 
+def gpu_seconds(call: Callable[[], Any]) -> float:
+    """Seconds between two CUDA events around a call whose launches are waiting when the first one comes, as in a program that
+    runs ahead of its GPU; of a call that waits itself, all its time."""
+    started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(QUEUED_CYCLES)
+    started.record()
+    call()
+    ended.record()
+    ended.synchronize()
+    return started.elapsed_time(ended) / 1e3
+
+
 def event_median(run: Callable[[int], Any], rounds: int) -> float:
-    """Seconds between two CUDA events around a round, the median."""
-    times = []
-    for place in range(rounds):
-        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        started.record()
-        run(place)
-        ended.record()
-        ended.synchronize()
-        times.append(started.elapsed_time(ended) / 1e3)
-    return statistics.median(times)
+    return statistics.median(gpu_seconds(functools.partial(run, place)) for place in range(rounds))
 
 
 def measure(
@@ -111,7 +117,7 @@ def measure(
         place = next(places)
         leaves = case.sides[side].places
         bandwidths.append(transfer(leaves[place % len(leaves)] if in_memory else spare(device), device))
-        if side != OURS:
+        if side != OURS and device.type == "cpu":
             ours.append(timed(lambda: case.sides[OURS].outputs(place, backward), device))
         return (place,), {}
 
@@ -122,10 +128,10 @@ def measure(
     benchmark.pedantic(run, setup=between_rounds, rounds=rounds, warmup_rounds=warmup)
     seconds = benchmark.stats.stats.median
     if device.type == "cuda":
-        seconds = event_median(lambda place: case.sides[side].outputs(place, backward), 2 * rounds)
+        seconds = event_median(lambda place: case.sides[side].outputs(place, backward), rounds)
         benchmark.extra_info["cuda_event_seconds"] = seconds
         if side != OURS:
-            own = event_median(lambda place: case.sides[OURS].outputs(place, backward), 2 * rounds)
+            own = event_median(lambda place: case.sides[OURS].outputs(place, backward), rounds)
             benchmark.extra_info["adajudge_kernels_seconds"] = own
     elif ours:
         benchmark.extra_info["adajudge_kernels_seconds"] = statistics.median(ours[warmup:])

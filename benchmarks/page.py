@@ -25,9 +25,9 @@ the work only and is what no side can be faster than.
   reaches between the rounds. For matrix products of many rows bandwidth is not the limit, and inputs that stay in a cache can
   exceed it.
 - **peak MB**: memory that the computation takes at most beyond its inputs, in 10^6 bytes.
-- **packed** of the refinement stage: plain PyTorch on packed rows, as are Liger-Kernel and flash-linear-attention where they are
-  installed (`pip install -e '.[bench-libraries]'`) and there is a GPU: their norms and SwiGLU, the same matrix products, and our
-  attention, flash-linear-attention's its own.
+- **packed** of the refinement stage: plain PyTorch on packed rows. Liger-Kernel and flash-linear-attention are there where a
+  GPU has them installed (`pip install -e '.[bench-libraries]'`): their norms and SwiGLU, the same matrix products, and our attention,
+  flash-linear-attention's its own.
 - **eager cost of**: what a call of the Triton backend costs the CPU, launches left out on all sides, beside the same call
   through its `torch.library` operator; "launches prepared" is the part of it that readies outputs, scratch memory and grids."""
 

@@ -24,7 +24,9 @@ class Sizes:
     head_width: int
     head_tokens: tuple[int, ...]
     backbones: tuple[str, ...]  # of `backbones.CONFIGURATIONS`, that score
-    trained: tuple[str, ...]  # that train: twice with their gradients, and once more in a wider dtype
+    trained: tuple[
+        tuple[str, int], ...
+    ]  # that train, and pairs: twice with gradients, once more in a wider dtype
     prompts: int  # scored, six responses each
     padded_rows: int  # of a padded batch: 8 as TRL's default, 64 as RewardBench 2's
     length_scale: float  # of the lengths that the head and training have
@@ -42,7 +44,7 @@ CPU = Sizes(
     head_width=256,
     head_tokens=(256, 512, 1024),
     backbones=("tiny",),
-    trained=("tiny",),
+    trained=(("tiny", 4),),
     prompts=4,
     padded_rows=8,
     length_scale=0.25,
@@ -54,13 +56,13 @@ GPU = Sizes(
     depths=3,
     pooled=((1024, 1), (2048, 2), (4096, 4), (8192, 3)),
     usual_tokens=32768,
-    rows=(1, 4, 16, 64, 512),
+    rows=(1, 16, 128, 512),
     pairs=(256, 65536),
     head_width=4096,
-    head_tokens=(4096, 16384, 65536),
+    head_tokens=(4096, 16384, 32768),
     backbones=("Qwen3-0.6B", "Qwen3-4B", "Qwen3-8B", "Phi-3.5-mini"),
-    trained=("Qwen3-0.6B", "Qwen3-4B"),
-    prompts=64,
+    trained=(("Qwen3-0.6B", 16), ("Qwen3-4B", 4)),
+    prompts=16,
     padded_rows=64,
     length_scale=1.0,
 )

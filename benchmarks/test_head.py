@@ -44,18 +44,25 @@ def head_case(part, tokens, scale, width, depths, dtype, device, places):
             return [head(states, batch.layout).reward]
         return head.refinement(states, batch.layout)[0]
 
-    def eager(of, states):
+    def eager(of, states, some=slice(None)):
+        real, response = (mask[some] for mask in masks)
         if part == "head":
-            return [eager_head(of, states, *masks)]
-        refined, _, _ = eager_refinement(of.refinement, states, *masks)
-        return [state * masks[0][..., None] for state in refined]
+            return [eager_head(of, states, real, response)]
+        refined, _, _ = eager_refinement(of.refinement, states, real, response)
+        return [state * real[..., None] for state in refined]
 
     def exact(backward):
-        states = hidden.double().requires_grad_()
-        outputs, gradients = Side(
-            lambda x, *_: eager(exact_head, batch.pad(x)), [[states, *exact_parameters]]
-        ).outputs(0, backward)
-        return (outputs if part == "head" else [batch.flat(x) for x in outputs]), gradients
+        """Two sequences at a time: fp64 states and attention of all of them would not fit."""
+        leaves = [hidden.double().requires_grad_(), *exact_parameters]
+        parts, gradients = [], []
+        for start in range(0, len(batch.index), 2):
+            some = slice(start, start + 2)
+            side = Side(lambda x, *_, some=some: eager(exact_head, batch.pad(x, some), some), [leaves])
+            outputs, of_some = side.outputs(0, backward)
+            parts.append(outputs if part == "head" else [batch.flat(x, some) for x in outputs])
+            gradients = [x + y for x, y in zip(gradients, of_some, strict=True)] if gradients else of_some
+        together = torch.cat if part == "head" else sum
+        return [together(rows) for rows in zip(*parts, strict=True)], gradients
 
     def flat(x):
         return batch.flat(x) if x.shape[:2] == batch.index.shape else x

@@ -41,6 +41,7 @@ def scan_backward(
     DOTS_GIVEN: tl.constexpr,
     CHUNK: tl.constexpr,
     TOKENS: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -70,7 +71,7 @@ def scan_backward(
     k_index = tl.arange(0, DEPTHS)
     d_alpha = tl.zeros((DEPTHS,), ACC)
     d_weight = tl.zeros((BLOCK,), ACC)
-    for step in range(0, tl.minimum(CHUNK, length - begin), TOKENS):
+    for step in tl.range(0, tl.minimum(CHUNK, length - begin), TOKENS, num_stages=STAGES):
         position = begin + step + tl.arange(0, TOKENS)
         valid = position < length
         slot = tl.where(position < first, start0 + position, start1 + position - first)

@@ -4,9 +4,10 @@ A configuration depends on the kernel and the row (d, K, dtype) and on nothing e
 so that a sequence's bits never depend on them, and nothing is compiled or tuned anew when they change.
 
 The table of defaults is small and the same for all architectures: what bounds a step is the register file, 64 Ki registers
-an SM on all of them, and shared memory is hardly used. Its figures come from compile reports (no spills, 128 registers a
-thread and less where K allows it). ``python -m adajudge_kernels.tune`` measures alternatives on the GPU at hand and keeps
-what is faster in a file of the user's cache folder, which is read here.
+an SM on all of them; the scans' next steps lie in shared memory, at most 64 KiB. Its figures come from compile reports (no
+spills, 128 registers a thread and less where K allows it, two programs an SM for the scan of usual rows).
+``python -m adajudge_kernels.tune`` measures alternatives on the GPU at hand and keeps what is faster in a file of the user's
+cache folder, which is read here.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ def widest_row(kernel: str, depths: int, dtype: torch.dtype) -> int:
 WIDEST_PART = 1024
 """Features of a step of the kernels that need no whole row."""
 
+STAGED_BYTES = 64 << 10
+"""Of states that a program has under way at most, in shared memory: every GPU has room for one such program an SM."""
+
 COMBINED_CHUNKS = 16
 """Chunks that a combining program loads at once."""
 
@@ -65,16 +69,17 @@ class _Step(NamedTuple):
     most_tokens: int = 16
     most_warps: int = 16
     registers: int | None = None
+    stages: int = 1  # of the kernels that load steps ahead, at most
 
 
 # By kernel, and for the scans by the bytes of K numbers: their registers grow with them.
 _STEPS = {
-    "scan": _Step(8192, 16, registers=128),
-    "scan, more than 12 bytes": _Step(4096, 16, most_warps=8, registers=255),
-    "scan_backward": _Step(1024, 8, registers=128),
-    "scan_backward, more than 6 bytes": _Step(2048, 8, most_warps=8, registers=255),
+    "scan": _Step(4096, 16, registers=128, stages=3),
+    "scan, more than 12 bytes": _Step(4096, 16, most_warps=8, registers=255, stages=2),
+    "scan_backward": _Step(1024, 8, registers=128, stages=2),
+    "scan_backward, more than 6 bytes": _Step(2048, 8, most_warps=8, registers=255, stages=2),
     "dots": _Step(2048, 8, registers=128),
-    "sums": _Step(4096, 16),
+    "sums": _Step(4096, 16, stages=3),
     "spread_means": _Step(4096, 16),
     "spread_attention": _Step(2048, 8, 8),
 }
@@ -110,25 +115,32 @@ def default_tile(kernel: str, d: int, depths: int, dtype: torch.dtype) -> Tile:
     """What the table says, without a measurement."""
     row = max(16, 1 << (d - 1).bit_length())
     block = row if d <= widest_row(kernel, depths, dtype) else min(row, WIDEST_PART)
-    heavy = {"scan": 12, "scan_backward": 6}.get(kernel)
-    if heavy is not None and depths * dtype.itemsize > heavy:
-        step = _STEPS[f"{kernel}, more than {heavy} bytes"]
-    else:
-        step = _STEPS[kernel]
+    step = _step(kernel, depths, dtype)
     tokens = min(step.most_tokens, max(1, step.numbers // block))
     warps = min(step.most_warps, max(4, tokens * block // (32 * step.per_thread)))
-    return Tile(tokens, block, warps, registers=step.registers)
+    stages = min(step.stages, 1 + STAGED_BYTES // (tokens * block * depths * dtype.itemsize))
+    return Tile(tokens, block, warps, stages, step.registers)
+
+
+def _step(kernel: str, depths: int, dtype: torch.dtype) -> _Step:
+    heavy = {"scan": 12, "scan_backward": 6}.get(kernel)
+    if heavy is not None and depths * dtype.itemsize > heavy:
+        return _STEPS[f"{kernel}, more than {heavy} bytes"]
+    return _STEPS[kernel]
 
 
 def candidates(kernel: str, d: int, depths: int, dtype: torch.dtype) -> list[Tile]:
     """Tiles that are worth a measurement, the default first; all of them compute the same, up to rounding."""
     default = default_tile(kernel, d, depths, dtype)
+    row_bytes = default.block * depths * dtype.itemsize
+    most = 3 if _step(kernel, depths, dtype).stages > 1 else 1
     found = [default]
     for tokens in (1, 2, 4, 8, 16, 32):
         for warps in (2, 4, 8, 16):
             per_thread = tokens * default.block // (32 * warps)
             if 4 <= per_thread <= 32:
-                found += [default._replace(tokens=tokens, warps=warps, stages=n) for n in (1, 2, 3)]
+                stages = [n for n in range(1, most + 1) if (n - 1) * tokens * row_bytes <= STAGED_BYTES]
+                found += [default._replace(tokens=tokens, warps=warps, stages=n) for n in stages]
                 found.append(default._replace(tokens=tokens, warps=warps, registers=None))
     return list(dict.fromkeys(found))
 

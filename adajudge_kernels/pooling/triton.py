@@ -185,6 +185,7 @@ def _views_forward(
             ATTENTION=True,
             RESPONSE_ONLY=response_only,
             LOGITS_GIVEN=wide,
+            STAGES=plan.stages,
             **_constants(plan, acc),
         )
         block = narrow_block(d)
@@ -273,6 +274,7 @@ def _views_backward(
             SHARED=shared,
             DOTS_GIVEN=wide,
             **constants,
+            STAGES=plan.stages,
             **_constants(plan, acc),
         )
         if shared:
@@ -378,6 +380,7 @@ def _sums(hidden: Tensor, tables: LayoutTables, prompt: bool, response: bool) ->
         ATTENTION=False,
         RESPONSE_ONLY=False,
         LOGITS_GIVEN=False,
+        STAGES=plan.stages,
         **_constants(plan, acc),
     )
     return sums[0], sums[1]

@@ -14,6 +14,8 @@ compile time. Offsets of elements are int64.
 import triton
 import triton.language as tl
 
+from adajudge_kernels.rounded import divided
+
 PROMPT = tl.constexpr(1)
 RESPONSE = tl.constexpr(2)
 
@@ -74,6 +76,7 @@ def scan(
     LOGITS_GIVEN: tl.constexpr,
     CHUNK: tl.constexpr,
     TOKENS: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -99,7 +102,7 @@ def scan(
         if not LOGITS_GIVEN:
             w = tl.load(weight + columns, mask=inside, other=0.0).to(ACC)
             shift = tl.load(bias).to(ACC)
-    for step in range(0, tl.minimum(CHUNK, length - begin), TOKENS):
+    for step in tl.range(0, tl.minimum(CHUNK, length - begin), TOKENS, num_stages=STAGES):
         position = begin + step + tl.arange(0, TOKENS)
         valid = position < length
         slot = tl.where(position < first, start0 + position, start1 + position - first)
@@ -183,11 +186,11 @@ def combine_sums(
             response += tl.sum(tl.load(response_sums + rows, mask=mask, other=0.0), axis=0)
     out = b * D + columns
     if PROMPT_MEAN:
-        tl.store(prompt_mean + out, prompt / tl.maximum(prompts, 1).to(ACC), mask=inside)
+        tl.store(prompt_mean + out, divided(prompt, tl.maximum(prompts, 1).to(ACC)), mask=inside)
     if RESPONSE_MEAN:
-        tl.store(response_mean + out, response / responses.to(ACC), mask=inside)
+        tl.store(response_mean + out, divided(response, responses.to(ACC)), mask=inside)
     if ALL_MEAN:
-        tl.store(all_mean + out, (prompt + response) / (prompts + responses).to(ACC), mask=inside)
+        tl.store(all_mean + out, divided(prompt + response, (prompts + responses).to(ACC)), mask=inside)
 
 
 @triton.jit
@@ -235,8 +238,8 @@ def combine_views(
             tile = tl.load(response_sums + rows, mask=own[:, None] & inside[None, :], other=0.0)
             response += tl.sum(tile, axis=0)
     if RESPONSE_MEAN:
-        tl.store(response_mean + b * D + columns, response / responses.to(ACC), mask=inside)
-    tl.store(pooled + b * D + columns, weighted / total, mask=inside)
+        tl.store(response_mean + b * D + columns, divided(response, responses.to(ACC)), mask=inside)
+    tl.store(pooled + b * D + columns, divided(weighted, total), mask=inside)
     if tl.program_id(1) == 0:
         tl.store(log_sum_exp + b, top + tl.log(total))
 

@@ -151,7 +151,11 @@ def attend(
     causal: bool,
     scale: float,
 ) -> Tensor:
-    """``[T, H, e]`` by a library, its backward deterministic where it can be asked for that."""
+    """``[T, H, e]`` by a library, its backward deterministic where it can be asked for that.
+
+    Raises:
+        ValueError: this version of the library's function cannot be told whether attention is causal.
+    """
     function = _function(name)
     ranges, longest = layout.ranges, layout.max_length
     bounds = torch.cat([ranges[:, 0], ranges[-1:, 1]])
@@ -166,7 +170,12 @@ def attend(
     }
     known = inspect.signature(function).parameters
     if not known.keys() & {"causal", "is_causal"}:
+        if "window_size" not in known:
+            raise ValueError(f"attention {name!r}: this version of it takes neither causality nor a window")
         arguments["window_size"] = (-1, 0 if causal else -1)
+    usual = query.shape[-1] ** -0.5
+    if not known.keys() & {"softmax_scale", "scale"} and scale != usual:
+        query = query * (scale / usual)
     arguments = {name: x for name, x in arguments.items() if name in known}
     out = function(query, key, value, **arguments)
     return out[0] if isinstance(out, tuple) else out

@@ -7,6 +7,8 @@ row's bits depend on nothing else. Names: ``[T, D]`` states with contiguous rows
 import triton
 import triton.language as tl
 
+from adajudge_kernels.rounded import divided
+
 
 @triton.jit(do_not_specialize=["count"])
 def residual_rms_norm(
@@ -139,7 +141,7 @@ def wide_rms_norm_backward(
 def _sigmoid(x):
     """``1 / (1 + exp(-x))``; written with ``exp(-|x|)``, it never overflows."""
     small = tl.exp(-tl.abs(x))
-    return tl.where(x >= 0, 1.0, small) / (1.0 + small)
+    return divided(tl.where(x >= 0, 1.0, small), 1.0 + small)
 
 
 @triton.jit

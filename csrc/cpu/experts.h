@@ -5,6 +5,8 @@
 // its own d columns of their weights: three products of the view MLPs and four of the router. C = 3 h + h_r.
 #pragma once
 
+#include <type_traits>
+
 #include "dtypes.h"
 #include "rows.h"
 
@@ -22,6 +24,7 @@ constexpr int MLPS = 4;  // last, mean, attention, router
 constexpr int TILE_ROWS = REGISTER_BYTES >= 32 ? 4 : 2;
 constexpr int TILE_COLUMNS = REGISTER_BYTES == 64 ? 4 : 1;
 
+constexpr int IN_SECOND_CACHE = 2;  // locality of a prefetch
 constexpr int64_t ROW_BLOCK = 128;  // rows that each weight is read for once: their views stay in the cache
 
 // Which view times which weights.
@@ -101,14 +104,18 @@ ALWAYS_INLINE void for_groups(int64_t count, Body body) {
     if (count - first == 1) body(first, Size<1>{});
 }
 
-// out[r][u] += z_r . w_u over `width` features. The order of additions is the same whatever R is.
-template <int R, class A, class T>
-void add_dot_products(const A* z, int64_t z_stride, const T* const* w, int64_t width, A* out, int64_t out_stride,
-                      int64_t units) {
+// out[r][u] += z_r . w_u over `width` features. The order of additions is the same whatever R is. With AHEAD the weights at
+// `next` are asked for meanwhile.
+template <int R, bool AHEAD, class A, class W, class T>
+void add_dot_products(const A* z, int64_t z_stride, const W* const* w, const T* const* next, int64_t width, A* out,
+                      int64_t out_stride, int64_t units) {
     Lanes<A> total[R][TILE_COLUMNS];
     for (int r = 0; r < R; ++r)
         for (int u = 0; u < TILE_COLUMNS; ++u) total[r][u] = broadcast<Lanes<A>>(A(0));
-    for_lanes(0, width, [&](int64_t j, auto n) {
+    const auto ahead = [&](int64_t j) {
+        for (int u = 0; AHEAD && u < TILE_COLUMNS; ++u) __builtin_prefetch(next[u] + j, 0, IN_SECOND_CACHE);
+    };
+    for_lines<W>(0, width, ahead, [&](int64_t j, auto n) {
         Lanes<A> x[R];
         for (int r = 0; r < R; ++r) x[r] = load(z + r * z_stride + j, n);
         for (int u = 0; u < TILE_COLUMNS; ++u) {
@@ -130,22 +137,30 @@ void form_tile(const UnitTile& tile, const T* weights, const A* z, int64_t rows,
                A* widened /* [TOGETHER, SEGMENT] */) {
     const int64_t stride = tile.product.stride;
     for (int64_t r = 0; r < rows; ++r) fill_zero(out + r * columns + tile.first, tile.stop - tile.first);
+    const auto weights_of_units = [&](int64_t unit, int64_t begin, const T** w) {  // the last stands in for those beyond it
+        for (int u = 0; u < TOGETHER; ++u) w[u] = weights + smaller(unit + u, tile.stop - 1) * stride + begin;
+    };
     for (int64_t begin = 0; begin < d; begin += SEGMENT) {
         const int64_t width = smaller(SEGMENT, d - begin);
         for (int64_t unit = tile.first; unit < tile.stop; unit += TOGETHER) {
             const int64_t units = smaller(TOGETHER, tile.stop - unit);
-            const T* w[TOGETHER];
-            for (int u = 0; u < TOGETHER; ++u) {  // the last unit stands in for those beyond it
-                w[u] = weights + (unit + smaller(u, units - 1)) * stride + begin;
-                if (unit + TOGETHER < tile.stop)  // the next come meanwhile; none past the end is read
-                    for (int64_t j = 0; j < width; j += 64 / static_cast<int64_t>(sizeof(T)))
-                        __builtin_prefetch(w[u] + TOGETHER * stride + j, 0, 2);
-            }
+            const T *w[TOGETHER], *next[TOGETHER];  // the next are asked for while these are read; after the last, none
+            weights_of_units(unit, begin, w);
+            if (unit + TOGETHER < tile.stop) weights_of_units(unit + TOGETHER, begin, next);
+            else if (begin + SEGMENT < d) weights_of_units(tile.first, begin + SEGMENT, next);
+            else std::memcpy(next, w, sizeof w);
             const auto add = [&](auto pointers) {
                 for_groups(rows, [&](int64_t r, auto size) {
-                    for (int u = 0; u < units; u += TILE_COLUMNS)
-                        add_dot_products<decltype(size)::value>(z + r * d + begin, d, pointers + u, width,
-                                                                out + r * columns + unit + u, columns, units - u);
+                    constexpr int R = decltype(size)::value;
+                    constexpr bool STORED = std::is_same_v<decltype(pointers), const T* const*>;
+                    for (int u = 0; u < units; u += TILE_COLUMNS) {
+                        A* to = out + r * columns + unit + u;
+                        const A* views = z + r * d + begin;
+                        if (r == 0 && STORED)
+                            add_dot_products<R, true>(views, d, pointers + u, next + u, width, to, columns, units - u);
+                        else
+                            add_dot_products<R, false>(views, d, pointers + u, next + u, width, to, columns, units - u);
+                    }
                 });
             };
             if (sizeof(T) == sizeof(A) || rows <= TILE_ROWS) {  // else widened once for all rows
@@ -155,7 +170,8 @@ void form_tile(const UnitTile& tile, const T* weights, const A* z, int64_t rows,
             const A* rows_of_weights[TOGETHER];
             for (int u = 0; u < TOGETHER; ++u) {
                 A* to = widened + u * SEGMENT;
-                for_lanes(0, width, [&](int64_t j, auto n) { store(to + j, load(w[u] + j, n), n); });
+                const auto ahead = [&](int64_t j) { __builtin_prefetch(next[u] + j, 0, IN_SECOND_CACHE); };
+                for_lines<T>(0, width, ahead, [&](int64_t j, auto n) { store(to + j, load(w[u] + j, n), n); });
                 rows_of_weights[u] = to;
             }
             add(static_cast<const A* const*>(rows_of_weights));

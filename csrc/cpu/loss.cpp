@@ -19,12 +19,11 @@ A logarithm(A x) {
     else return __builtin_log(x);
 }
 
-// min(z, 0) - log(1 + exp(-|z|)), accurate however small the exponential is.
+// log(1 + x), accurate however small x is.
 template <class A>
-A log_sigmoid(A z) {
-    const A small = exponential(z < 0 ? z : -z);
-    const A rest = sizeof(A) == sizeof(float) ? A(__builtin_log1pf(static_cast<float>(small))) : A(__builtin_log1p(small));
-    return (z < 0 ? z : A(0)) - rest;
+A logarithm_beyond_one(A x) {
+    if constexpr (sizeof(A) == sizeof(float)) return __builtin_log1pf(x);
+    else return __builtin_log1p(x);
 }
 
 template <class A>
@@ -39,10 +38,14 @@ struct Pairs {
         double total = 0;
         for (int64_t i = begin; i < end; ++i) {
             const A z = (chosen[i] - rejected[i]) / temperature, w = weight ? weight[i] : A(1);
-            const A log_p = log_sigmoid(z), log_q = log_sigmoid(-z), modulation = exponential(gamma * log_q);
-            const A value = -modulation * log_p;
+            // p = sigmoid(z), q = 1 - p; both and their logarithms from exp(-|z|), which does not overflow.
+            const A small = exponential(z < 0 ? z : -z), rest = logarithm_beyond_one(small);
+            const A larger_one = 1 / (1 + small), smaller_one = small * larger_one;
+            const A p = z < 0 ? smaller_one : larger_one, q = z < 0 ? larger_one : smaller_one;
+            const A log_p = (z < 0 ? z : A(0)) - rest, log_q = (z < 0 ? A(0) : -z) - rest;
+            const A modulation = exponential(gamma * log_q), value = -modulation * log_p;
             total += value * w;
-            const A d_z = modulation * (gamma * exponential(log_p) * log_p - exponential(log_q));
+            const A d_z = modulation * (gamma * p * log_p - q);
             if (grad_chosen) grad_chosen[i] = d_z * w / count / temperature;
             if (grad_weight) grad_weight[i] = value / count;
         }

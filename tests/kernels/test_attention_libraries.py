@@ -111,6 +111,30 @@ def test_a_library_is_told_what_our_own_attention_is_told(name, causal, heads):
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
+def test_a_library_whose_version_takes_no_scale_computes_with_the_scale_all_the_same(stand_ins):
+    def without_scale(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)):
+        return varlen(query, key, value, cu_seq_q, None, window_size[1] == 0)
+
+    stand_ins["torch-varlen"] = without_scale
+    query, key, value = torch.randn(3, PACKED.num_tokens, 2, 8)
+    with libraries.use_attention("torch-varlen"):
+        found = sequence_attention([query, key, value], PACKED, scale=0.3)
+    assert torch.allclose(found, sequence_attention([query, key, value], PACKED, scale=0.3), atol=1e-5)
+
+
+def test_a_library_whose_version_cannot_be_told_of_causality_raises(stand_ins):
+    def without_causality(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None):
+        raise AssertionError("it was called")
+
+    stand_ins["torch-varlen"] = without_causality
+    query, key, value = torch.randn(3, PACKED.num_tokens, 2, 8)
+    with (
+        libraries.use_attention("torch-varlen"),
+        pytest.raises(ValueError, match="neither causality nor a window"),
+    ):
+        sequence_attention([query, key, value], PACKED)
+
+
 @pytest.mark.usefixtures("stand_ins")
 def test_a_forced_library_that_cannot_serve_raises():
     shared = ak.SequenceLayout.shared_prompts([2], [[3, 1]])

@@ -34,7 +34,7 @@ _POINTERS = {
     torch.int8: "*i8",
 }
 DIVISIBLE = "i32, divisible by 16"
-_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
 
 @dataclass(frozen=True)
