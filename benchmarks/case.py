@@ -15,7 +15,11 @@ from torch import Tensor
 OURS = "adajudge_kernels"
 FLOOR = "backbone alone"  # the side that does a part of a whole judge's work
 PLACES = 3  # in memory, that the rounds of a case go through: which pages a tensor lies in changes a figure by a third
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the largest exact number, at least of 1
+TOLERANCE = {
+    torch.float32: 1e-5,
+    torch.bfloat16: 3e-2,
+}  # of the largest exact number of an output or a gradient ..
+SMALL = 1e-2  # .. but no less than of an output of 1, or of a gradient so small beside the case's largest
 
 
 class DifferentResults(AssertionError):  # noqa: N818 (it is no error of the program)
@@ -93,17 +97,21 @@ class Case:
         if backward not in self._exact:
             self._exact[backward] = self.exact(backward)
         found, expected = side.outputs(0, backward), self._exact[backward]
-        pairs = [(side.shown(x), y) for x, y in zip(found[0], expected[0], strict=True)]
-        pairs += [(side.real(x), y) for x, y in zip(found[1], expected[1], strict=True)]
-        for index, (x, y) in enumerate(pairs):
+        self._compare(name, "output", [side.shown(x) for x in found[0]], expected[0], least=1.0)
+        largest = max((float(y.abs().max()) for y in expected[1] if y.numel()), default=0.0)
+        self._compare(name, "gradient", [side.real(x) for x in found[1]], expected[1], least=SMALL * largest)
+
+    def _compare(
+        self, name: str, what: str, found: Sequence[Tensor], expected: Sequence[Tensor], least: float
+    ) -> None:
+        for index, (x, y) in enumerate(zip(found, expected, strict=True)):
             if not y.numel():
                 continue
             error = float((x.reshape(y.shape).double() - y).detach().abs().max())
-            bound = (self.tolerance or TOLERANCE[self.dtype]) * max(1.0, float(y.detach().abs().max()))
+            bound = (self.tolerance or TOLERANCE[self.dtype]) * max(least, float(y.detach().abs().max()))
             if not error <= bound:
-                what = f"output {index}" if index < len(found[0]) else f"gradient {index - len(found[0])}"
                 raise DifferentResults(
-                    f"{self.group}, {name}: {what} is off by {error:.2g}, allowed {bound:.2g}"
+                    f"{self.group}, {name}: {what} {index} is off by {error:.2g}, allowed {bound:.2g}"
                 )
 
     def input_bytes(self, name: str) -> int:

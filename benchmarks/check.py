@@ -1,7 +1,7 @@
 """``python -m benchmarks.check``: fails where our side has become slow beside plain PyTorch.
 
-``floors.json`` has a floor for each case of a kind of device: half of the ratio that is usually measured at most, so that a
-busy machine stays above it. The reference backend in place of the kernels, slower than eager by far, does not. Both sides run
+``floors.json`` has a floor for each case of a kind of device: well below the ratio that is usually measured, so that
+a busy machine stays above it. The reference backend in place of the kernels, slower than eager by far, does not. Both sides run
 in turns, so that noise meets both.
 """
 

@@ -23,6 +23,11 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[STARTED] = time.monotonic()
+    name = config.getoption("--device")
+    if name not in ("cpu", "cuda"):
+        raise pytest.UsageError(f"--device: {name!r} came, expected cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device: cuda came, and torch finds no GPU")
 
 
 def pytest_runtest_setup(item):

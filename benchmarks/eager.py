@@ -23,9 +23,8 @@ def eager_head(head, hidden, attention_mask, response_mask):
 
 def eager_refinement(refinement, hidden, real, response):
     """K states ``[B, L, d]``, depth weights ``[B, K]`` and prompt mean ``[B, d]``."""
-    context = masked_mean(hidden, real).to(hidden.dtype)
+    context, prompt_mean = masked_means(hidden, real, real & ~response)
     depth_weights = torch.softmax(F.linear(context, refinement.gate.weight, refinement.gate.bias), dim=1)
-    prompt_mean = masked_mean(hidden, real & ~response).to(hidden.dtype)
     states = []
     for block in refinement.blocks:
         hidden = eager_block(block, hidden, real)
@@ -48,6 +47,25 @@ def eager_pooling(states, alpha, weight, bias, attention_mask, response_mask):
     return refined[rows, last], mean, (beta.unsqueeze(-1) * refined).sum(dim=1)
 
 
+def eager_pooling_as_products(states, alpha, weight, bias, attention_mask, response_mask):
+    """The same without a mixed state: its logit and its sums are mixed instead, which the states' matrix products give."""
+    shares = alpha.unbind(1)
+    logits = (
+        sum(share[:, None] * (state @ weight) for share, state in zip(shares, states, strict=True)) + bias
+    )
+    beta = torch.softmax(logits.masked_fill(~attention_mask, float("-inf")), dim=1)
+    mean = response_mask / response_mask.sum(dim=1, keepdim=True)
+    weights = torch.stack([mean.to(beta.dtype), beta], dim=1)
+    position = torch.arange(logits.shape[1], device=logits.device)
+    last = (position * response_mask).argmax(dim=1)
+    rows = torch.arange(len(logits), device=logits.device)
+    mixed = sum(
+        share[:, None, None] * torch.cat([state[rows, last][:, None], weights @ state], dim=1)
+        for share, state in zip(shares, states, strict=True)
+    )
+    return mixed.unbind(1)
+
+
 def eager_packed_pooling(states, alpha, weight, bias, sequence, response, last):
     """The same of packed states ``[T, d]``: `sequence` and `response` say of each token whose it is, and whether it is of a
     response; `last` is the row of each sequence's last token."""
@@ -66,9 +84,10 @@ def eager_packed_pooling(states, alpha, weight, bias, sequence, response, last):
     return refined[last], total / counts[:, None], attention
 
 
-def masked_mean(hidden, mask):
-    total = (widened(hidden) * mask[:, :, None]).sum(dim=1)
-    return total / mask.sum(dim=1, keepdim=True).clamp(min=1)
+def masked_means(hidden, *masks):
+    """Means over the tokens of each mask ``[B, L]``, ``[B, d]`` each: one matrix product, which reads the states once."""
+    weights = torch.stack([mask / mask.sum(dim=1, keepdim=True).clamp(min=1) for mask in masks], dim=1)
+    return (weights.to(hidden.dtype) @ hidden).unbind(1)
 
 
 def eager_block(block, hidden, real):

@@ -13,6 +13,7 @@ from benchmarks.case import OURS
 
 MAIN = (
     "eager",
+    "eager products",
     "eager packed",
     "torch.compile",
 )  # what most people would write instead of an operation of ours

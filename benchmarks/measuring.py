@@ -123,9 +123,12 @@ def measure(
 
     rounds = rounds_within(timed(lambda: run(0), device))
     work = "forward + backward" if backward else "forward"
-    benchmark.group = f"{case.group}, {work}"
+    dtype = str(case.dtype).removeprefix("torch.")
+    benchmark.group = f"{case.group}, {case.shape}, {dtype}, {work}"
     warmup = PLACES if rounds > ROUNDS[0] else 1
     benchmark.pedantic(run, setup=between_rounds, rounds=rounds, warmup_rounds=warmup)
+    if benchmark.disabled:  # it ran once, and was not timed
+        return
     seconds = benchmark.stats.stats.median
     if device.type == "cuda":
         seconds = event_median(lambda place: case.sides[side].outputs(place, backward), rounds)
@@ -142,7 +145,7 @@ def measure(
         work=work,
         device=str(device),
         threads=torch.get_num_threads(),
-        dtype=str(case.dtype).removeprefix("torch."),
+        dtype=dtype,
         shape=case.shape,
         backend=ak.backends.choose_backend(device, family).backend,
         useful_tokens=case.tokens,

@@ -13,21 +13,24 @@ from benchmarks.scaling import FEWEST_SIZES, SMALL_PEAK, Fit, fits
 INTRODUCTION = """# Benchmarks
 
 Written by `python -m benchmarks.report` from the files in [benchmarks/results](../benchmarks/results), which `make bench` and
-`make bench-gpu` write. Every side is compared with the exact result in fp64 before it is timed; "backbone alone" does a part of
-the work only and is what no side can be faster than.
+`make bench-gpu` write. Every side is compared with the exact result (fp64; for whole judges on a GPU fp32) before it is timed,
+but for "backbone alone": what ours would take if its head cost nothing.
 
 - **time**: the median of the rounds, on GPUs between two CUDA events.
 - **over ours**: a side's time over ours, where ours is timed between that side's own rounds: a machine's memory is not equally
-  fast from second to second.
+  fast from second to second, so it is not the quotient of two rows' times.
 - **useful per second**: tokens of the sequences, without padding, a shared prompt's once for each of its responses; for experts
   and loss, sequences.
 - **of bandwidth**: the bytes that must move at least, per second, over what a sum (CPU) or a copy (GPU) of the same states
-  reaches between the rounds. For matrix products of many rows bandwidth is not the limit, and inputs that stay in a cache can
-  exceed it.
+  reaches between the rounds, or of other numbers where these have fewer than 32 MiB. For matrix products of many rows
+  bandwidth is not the limit, and inputs that stay in a cache can exceed it.
 - **peak MB**: memory that the computation takes at most beyond its inputs, in 10^6 bytes.
+- **eager products** of pooling: what is linear in the states is done before they are mixed, so that no mixed state is formed.
 - **packed** of the refinement stage: plain PyTorch on packed rows. Liger-Kernel and flash-linear-attention are there where a
-  GPU has them installed (`pip install -e '.[bench-libraries]'`): their norms and SwiGLU, the same matrix products, and our attention,
-  flash-linear-attention's its own.
+  GPU has them installed (`pip install -e '.[bench-libraries]'`): their norms and SwiGLU, the same matrix products, and our
+  attention, flash-linear-attention's its own.
+- **scoring** reads prompts of RM-Bench, of 10 to 100 tokens: what it gains is padding, hardly shared prompts. "Candidates of one
+  prompt" has a long one.
 - **eager cost of**: what a call of the Triton backend costs the CPU, launches left out on all sides, beside the same call
   through its `torch.library` operator; "launches prepared" is the part of it that readies outputs, scratch memory and grids."""
 

@@ -61,18 +61,32 @@ def _comparison(run: Run, sides: dict[str, Entry], others: Sequence[str]) -> lis
     return [time(ours.seconds), *ratios, share(ours.share_of_bandwidth), memory]
 
 
+def price(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} came, expected a positive number")
+    return number
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the page and its pictures, print each file's table and exponents."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument(
         "files", nargs="*", type=Path, metavar="FILE", help="default: benchmarks/results/*.json"
     )
-    parser.add_argument("--price-per-hour", type=float, default=1.0, help="of the machine, in any currency")
+    parser.add_argument("--price-per-hour", type=price, default=1.0, help="of the machine, in any currency")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where page and pictures go")
     given = parser.parse_args(arguments)
     files = given.files or sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    if given.docs.exists() and not given.docs.is_dir():
+        parser.error(f"--docs: {given.docs} is no folder")
     given.docs.mkdir(parents=True, exist_ok=True)
-    runs = [Run.read(path) for path in files]
+    runs = []
+    for path in files:
+        try:
+            runs.append(Run.read(path))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            parser.error(f"{path}: expected a file that --benchmark-json has written: {error!r}")
     pictures = [plots.draw(run, given.docs) for run in runs]
     text = page(runs, pictures, given.price_per_hour)
     (given.docs / "benchmarks.md").write_text(text, encoding="utf-8")

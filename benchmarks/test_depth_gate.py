@@ -10,14 +10,13 @@ import adajudge_kernels as ak
 from benchmarks import lengths
 from benchmarks.batches import Batch
 from benchmarks.case import OURS, Case, Side, compiled, copies, exact_by_parts
-from benchmarks.eager import masked_mean
+from benchmarks.eager import masked_means
 
 
 def eager_gate(hidden, weight, bias, attention, response):
     """Depth weights ``[B, K]`` and prompt mean ``[B, d]`` of padded states ``[B, L, d]``."""
-    return torch.softmax(F.linear(masked_mean(hidden, attention), weight, bias), dim=1), masked_mean(
-        hidden, attention & ~response
-    )
+    context, prompt_mean = masked_means(hidden, attention, attention & ~response)
+    return torch.softmax(F.linear(context.to(weight.dtype), weight, bias), dim=1), prompt_mean
 
 
 def gate_case(tokens, width, depths, dtype, device, places):

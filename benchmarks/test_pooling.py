@@ -13,7 +13,7 @@ import adajudge_kernels as ak
 from benchmarks import lengths
 from benchmarks.batches import Batch
 from benchmarks.case import OURS, Case, Side, compiled, copies, exact_by_parts
-from benchmarks.eager import eager_packed_pooling, eager_pooling
+from benchmarks.eager import eager_packed_pooling, eager_pooling, eager_pooling_as_products
 
 GPU_BACKENDS = ("triton", "cuda")
 # The parameter next to a test changes least often: a case is drawn once for all its sides.
@@ -30,7 +30,8 @@ def ragged(tokens, device):
 
 
 def six_candidates(prompts, device):
-    return Batch.shared(*lengths.candidates(prompts), device)
+    """Long prompts, as conversations have: those of `lengths` are of 10 to 100 tokens, and little is shared."""
+    return Batch.shared([512] * prompts, lengths.candidates(prompts)[1], device)
 
 
 def pooling_case(group, draw_batch, size, width, depths, dtype, device, places):
@@ -78,6 +79,9 @@ def pooling_case(group, draw_batch, size, width, depths, dtype, device, places):
         OURS: Side(ours, flat_places),
         "adajudge_kernels padded": Side(ours_padded, padded, batch.flat),
         "eager": Side(lambda *states: eager_pooling(states, *others, *masks), padded, batch.flat),
+        "eager products": Side(
+            lambda *states: eager_pooling_as_products(states, *others, *masks), padded, batch.flat
+        ),
         "torch.compile": Side(lambda *states: fused(states, *others, *masks), padded, batch.flat),
         **{backend: Side(functools.partial(forced, backend), flat_places) for backend in GPU_BACKENDS},
     }
@@ -109,7 +113,7 @@ def skip_unless_here(side):
         pytest.skip(f"{side}: {reason}")
 
 
-@pytest.mark.parametrize("side", [OURS, "eager", "torch.compile"])
+@pytest.mark.parametrize("side", [OURS, "eager", "eager products", "torch.compile"])
 @backwards
 @both_dtypes
 def test_cpu_pooling(measured, dtype, backward, side, device):
@@ -120,7 +124,7 @@ def test_cpu_pooling(measured, dtype, backward, side, device):
     )
 
 
-@pytest.mark.parametrize("side", [OURS, "eager", "torch.compile", *GPU_BACKENDS])
+@pytest.mark.parametrize("side", [OURS, "eager", "eager products", "torch.compile", *GPU_BACKENDS])
 @backwards
 @both_dtypes
 def test_gpu_pooling(measured, dtype, backward, side, device):

@@ -132,7 +132,7 @@ def scoring_case(name, prompts, size, depths, dtype, device, places):
 
     return Case(
         group="scoring",
-        shape=f"{name}, K={depths}, {prompts} prompts of {batch.rows} tokens with six responses each, padded by {size}",
+        shape=f"{name}, K={depths}, {len(rows)} responses to {prompts} prompts, {batch.rows} tokens, batches of {size}",
         dtype=dtype,
         device=device,
         sides={
@@ -265,7 +265,7 @@ def candidates_case(prompt, response, count, trained, device, places):
 
 @pytest.mark.parametrize(
     ("backward", "side"),
-    [(False, OURS), (False, "one by one"), (False, "padded batch"), (True, OURS), (True, "one by one")],
+    [*itertools.product([False, True], [OURS, "one by one", "padded batch"])],
 )
 def test_shared_prompts(measured, backward, side, device):
     build = functools.partial(candidates_case, 512, 64, 8, backward, device)

@@ -37,7 +37,7 @@ def with_eager(case, run):
     return case
 
 
-@pytest.mark.parametrize("side", [OURS, "adajudge_kernels padded", "eager", "eager packed"])
+@pytest.mark.parametrize("side", [OURS, "adajudge_kernels padded", "eager", "eager products", "eager packed"])
 @pytest.mark.parametrize("batch", BATCHES)
 @both_dtypes
 @backwards
@@ -102,6 +102,17 @@ def test_a_gate_with_uniform_weights_is_refused(backward):
 
     with pytest.raises(DifferentResults, match="depth gate, eager: output 0 is off by"):
         with_eager(gate(), uniform).check("eager", backward)
+
+
+@both_dtypes
+def test_small_gradients_that_are_left_out_are_refused(dtype):
+    """Small beside the case's other gradients: a view's that only the router reads."""
+
+    def without_prompt(honest, *leaves):
+        return honest(*leaves[:3], leaves[3].detach() + 0 * leaves[3], *leaves[4:])
+
+    with pytest.raises(DifferentResults, match="experts, B=16, eager: gradient 3 is off by"):
+        with_eager(experts_case(16, 256, dtype, CPU, 1), without_prompt).check("eager", True)
 
 
 @both_dtypes
