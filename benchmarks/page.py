@@ -29,8 +29,8 @@ but for "backbone alone": what ours would take if its head cost nothing.
 - **packed** of the refinement stage: plain PyTorch on packed rows. Liger-Kernel and flash-linear-attention are there where a
   GPU has them installed (`pip install -e '.[bench-libraries]'`): their norms and SwiGLU, the same matrix products, and our
   attention, flash-linear-attention's its own.
-- **scoring** reads prompts of RM-Bench, of 10 to 100 tokens: what it gains is padding, hardly shared prompts. "Candidates of one
-  prompt" has a long one.
+- **scoring** reads prompts of RM-Bench, of 10 to 100 tokens: what it gains is padding, hardly shared prompts. "Candidates of
+  one prompt" has a long one.
 - **eager cost of**: what a call of the Triton backend costs the CPU, launches left out on all sides, beside the same call
   through its `torch.library` operator; "launches prepared" is the part of it that readies outputs, scratch memory and grids."""
 

@@ -112,17 +112,22 @@ void add_dot_products(const A* z, int64_t z_stride, const W* const* w, const T* 
     Lanes<A> total[R][TILE_COLUMNS];
     for (int r = 0; r < R; ++r)
         for (int u = 0; u < TILE_COLUMNS; ++u) total[r][u] = broadcast<Lanes<A>>(A(0));
-    const auto ahead = [&](int64_t j) {
-        for (int u = 0; AHEAD && u < TILE_COLUMNS; ++u) __builtin_prefetch(next[u] + j, 0, IN_SECOND_CACHE);
-    };
-    for_lines<W>(0, width, ahead, [&](int64_t j, auto n) {
+    const auto step = [&](int64_t j, auto n) {
         Lanes<A> x[R];
         for (int r = 0; r < R; ++r) x[r] = load(z + r * z_stride + j, n);
         for (int u = 0; u < TILE_COLUMNS; ++u) {
             const Lanes<A> y = load(w[u] + j, n);
             for (int r = 0; r < R; ++r) total[r][u] = multiply_add(x[r], y, total[r][u]);
         }
-    });
+    };
+    if constexpr (AHEAD) {
+        const auto ahead = [&](int64_t j) {
+            for (int u = 0; u < TILE_COLUMNS; ++u) __builtin_prefetch(next[u] + j, 0, IN_SECOND_CACHE);
+        };
+        for_lines<W>(0, width, ahead, step);
+    } else {
+        for_lanes(0, width, step);
+    }
     for (int r = 0; r < R; ++r)
         for (int u = 0; u < TILE_COLUMNS; ++u)
             if (u < units) out[r * out_stride + u] += sum<A>(total[r][u]);
