@@ -27,7 +27,7 @@ def eager_refinement(refinement, hidden, real, response):
     depth_weights = torch.softmax(F.linear(context, refinement.gate.weight, refinement.gate.bias), dim=1)
     states = []
     for block in refinement.blocks:
-        hidden = eager_block(block, hidden, real)
+        hidden = eager_block(block, hidden)
         states.append(hidden)
     return states, depth_weights, prompt_mean
 
@@ -90,14 +90,13 @@ def masked_means(hidden, *masks):
     return (weights.to(hidden.dtype) @ hidden).unbind(1)
 
 
-def eager_block(block, hidden, real):
+def eager_block(block, hidden):
+    """A block on right-padded states: causal attention lets no token see the padding behind it, so no mask is needed."""
     batch, length, d = hidden.shape
     normed = F.rms_norm(hidden, (d,), block.attention_norm, block.eps)
     qkv = F.linear(normed, block.qkv.weight).view(batch, length, 3, block.num_heads, -1)
     query, key, value = qkv.permute(2, 0, 3, 1, 4)
-    causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
-    mask = causal & real[:, None, None, :]
-    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
     hidden = hidden + F.linear(mixed.transpose(1, 2).reshape(batch, length, d), block.output.weight)
     normed = F.rms_norm(hidden, (d,), block.mlp_norm, block.eps)
     gate, up = F.linear(normed, block.gate_up.weight).chunk(2, dim=-1)

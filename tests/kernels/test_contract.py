@@ -69,12 +69,12 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(operation, kind, dtype, ba
     compare(operation, operation.draw(batch, 48, 3), batch, kind, dtype, device)
 
 
-@tokenwise
 def drawn_widths(most):
     """Each is a compilation, where kernels are compiled."""
     return st.sampled_from([1, 7, 24, 48, 70]) if torch.cuda.is_available() else st.integers(1, most)
 
 
+@tokenwise
 @given(batch=batches(), kind=st.sampled_from(LAYOUTS), dtype=st.sampled_from(DTYPES), d=drawn_widths(70))
 @generated
 def test_error_bound_holds_on_any_layout(operation, device, batch, kind, dtype, d):
