@@ -20,7 +20,10 @@ COLOURS = {  # of a side, the same in every picture
     OURS: "#1f77b4",
     "eager": "#d62728",
     "torch.compile": "#ff7f0e",
+    "eager products": "#e377c2",
     "eager packed": "#9467bd",
+    "packed": "#bcbd22",
+    "packed, torch.compile": "#ffbb78",
     "adajudge_kernels padded": "#17becf",
     "triton": "#2ca02c",
     "cuda": "#8c564b",
@@ -84,7 +87,7 @@ def _shares(axes: Axes, entries: Sequence[Entry], cases: Sequence[str]) -> None:
     axes.set_yticks(range(len(cases)), cases)
     axes.set_ylim(len(cases) - 0.5, -0.5)
     axes.set_xlim(left=0)
-    axes.set_xlabel("share of the measured bandwidth, %")
+    axes.set_xlabel("% of the bandwidth measured beside it (bar: adajudge_kernels)")
     axes.grid(axis="x", alpha=0.3)
 
 
