@@ -35,8 +35,9 @@ def built(build: Callable[[int], Case], device: torch.device) -> Case:
     if key not in _kept:
         _kept.clear()
         case = build(PLACES if device.type == "cpu" else 1)  # on a GPU more are for its caches only
-        if device.type == "cuda" and case.input_bytes(OURS) < CACHE_BYTES:
-            case = build(min(MOST_PLACES, 1 + CACHE_BYTES // max(1, case.input_bytes(OURS))))
+        own = case.input_bytes(OURS)  # 0 of a whole judge, whose weights are not its leaves
+        if device.type == "cuda" and 0 < own < CACHE_BYTES:
+            case = build(min(MOST_PLACES, 1 + CACHE_BYTES // own))
         _kept[key] = case
     return _kept[key]
 

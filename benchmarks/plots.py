@@ -87,7 +87,7 @@ def _shares(axes: Axes, entries: Sequence[Entry], cases: Sequence[str]) -> None:
     axes.set_yticks(range(len(cases)), cases)
     axes.set_ylim(len(cases) - 0.5, -0.5)
     axes.set_xlim(left=0)
-    axes.set_xlabel("% of the bandwidth measured beside it (bar: adajudge_kernels)")
+    axes.set_xlabel("% of bandwidth (bar: adajudge_kernels)")
     axes.grid(axis="x", alpha=0.3)
 
 
