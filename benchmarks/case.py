@@ -82,7 +82,6 @@ class Case:
     multiply_adds: int = 0  # of the forward's matrix products
     floors: frozenset[str] = frozenset()
     notes: dict[str, float] = dataclasses.field(default_factory=dict)  # more for ``extra_info``
-    tolerance: float | None = None  # instead of its dtype's
     _exact: dict[bool, tuple[list[Tensor], list[Tensor]]] = dataclasses.field(default_factory=dict)
 
     def check(self, name: str, backward: bool) -> None:
@@ -108,7 +107,7 @@ class Case:
             if not y.numel():
                 continue
             error = float((x.reshape(y.shape).double() - y).detach().abs().max())
-            bound = (self.tolerance or TOLERANCE[self.dtype]) * max(least, float(y.detach().abs().max()))
+            bound = TOLERANCE[self.dtype] * max(least, float(y.detach().abs().max()))
             if not error <= bound:
                 raise DifferentResults(
                     f"{self.group}, {name}: {what} {index} is off by {error:.2g}, allowed {bound:.2g}"

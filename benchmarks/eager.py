@@ -41,10 +41,7 @@ def eager_pooling(states, alpha, weight, bias, attention_mask, response_mask):
     beta = torch.softmax(logits, dim=1)
     response = response_mask.unsqueeze(-1).to(refined.dtype)
     mean = (refined * response).sum(dim=1) / response.sum(dim=1)
-    position = torch.arange(refined.shape[1], device=refined.device)
-    last = (position * response_mask).argmax(dim=1)
-    rows = torch.arange(len(refined), device=refined.device)
-    return refined[rows, last], mean, (beta.unsqueeze(-1) * refined).sum(dim=1)
+    return refined[last_tokens(response_mask)], mean, (beta.unsqueeze(-1) * refined).sum(dim=1)
 
 
 def eager_pooling_as_products(states, alpha, weight, bias, attention_mask, response_mask):
@@ -56,11 +53,9 @@ def eager_pooling_as_products(states, alpha, weight, bias, attention_mask, respo
     beta = torch.softmax(logits.masked_fill(~attention_mask, float("-inf")), dim=1)
     mean = response_mask / response_mask.sum(dim=1, keepdim=True)
     weights = torch.stack([mean.to(beta.dtype), beta], dim=1)
-    position = torch.arange(logits.shape[1], device=logits.device)
-    last = (position * response_mask).argmax(dim=1)
-    rows = torch.arange(len(logits), device=logits.device)
+    last = last_tokens(response_mask)
     mixed = sum(
-        share[:, None, None] * torch.cat([state[rows, last][:, None], weights @ state], dim=1)
+        share[:, None, None] * torch.cat([state[last][:, None], weights @ state], dim=1)
         for share, state in zip(shares, states, strict=True)
     )
     return mixed.unbind(1)
@@ -82,6 +77,13 @@ def eager_packed_pooling(states, alpha, weight, bias, sequence, response, last):
     total = zeros.index_add(0, sequence[response], widened(refined[response]))
     counts = torch.bincount(sequence[response], minlength=count)
     return refined[last], total / counts[:, None], attention
+
+
+def last_tokens(response_mask):
+    """Where the last response token of each sequence is, for ``states[...]``."""
+    position = torch.arange(response_mask.shape[1], device=response_mask.device)
+    rows = torch.arange(len(response_mask), device=response_mask.device)
+    return rows, (position * response_mask).argmax(dim=1)
 
 
 def masked_means(hidden, *masks):

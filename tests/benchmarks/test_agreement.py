@@ -5,12 +5,14 @@ import dataclasses
 import pytest
 import torch
 
+from benchmarks import eager
 from benchmarks.case import OURS, DifferentResults
 from benchmarks.test_depth_gate import gate_case
 from benchmarks.test_experts import experts_case
 from benchmarks.test_head import head_case
 from benchmarks.test_loss import loss_case
 from benchmarks.test_pooling import equal_lengths, pooling_case, ragged, six_candidates
+from benchmarks.test_scoring import scoring_case
 
 CPU = torch.device("cpu")
 BATCHES = {"packed": (ragged, (200,)), "shared": (six_candidates, (2,)), "equal": (equal_lengths, (3, 21))}
@@ -68,6 +70,20 @@ def test_honest_losses_pass(side, backward):
 @backwards
 def test_honest_refinement_passes(side, dtype, backward):
     head_case("refinement", 200, 0.1, 16, 2, dtype, CPU, 1).check(side, backward)
+
+
+def test_a_whole_judge_without_the_attention_view_is_refused(monkeypatch):
+    case, side = scoring_case("tiny", 1, 8, 2, torch.float32, CPU, 1), "padded, sorted by length"
+    case.check(side, False)  # and keeps the exact rewards
+    pooling_of = eager.eager_pooling
+
+    def without_attention(*arguments):
+        last, mean, _ = pooling_of(*arguments)
+        return last, mean, mean
+
+    monkeypatch.setattr(eager, "eager_pooling", without_attention)
+    with pytest.raises(DifferentResults, match="scoring, padded, sorted by length: output 0 is off by"):
+        case.check(side, False)
 
 
 @pytest.mark.parametrize("batch", BATCHES)

@@ -209,6 +209,23 @@ def test_the_command_prints_the_readmes_table_of_each_file(page_of, tmp_path, ca
     assert all(report.table(tmp_path / name) in printed for name in ("0.json", "1.json"))
 
 
+@pytest.mark.parametrize("text", [None, "", "{", "[]", '{"benchmarks": [{}]}'])
+def test_what_is_no_results_file_is_named(tmp_path, text, capsys):
+    path = tmp_path / "mine.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        report.main([str(path), "--docs", str(tmp_path)])
+    assert f"{path}: expected a file that --benchmark-json has written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("price", ["0", "-3", "inf", "nan", "much"])
+def test_a_price_that_is_none_is_refused(tmp_path, price, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        report.main(["--price-per-hour", price, "--docs", str(tmp_path)])
+    assert "--price-per-hour" in capsys.readouterr().err
+
+
 def test_nothing_is_printed_of_what_was_not_measured(page_of, capsys):
     page_of([synthetic.bare(OURS, 1e-5)])
     assert capsys.readouterr().out.split() == ["Made", "Up", "1000,", "2026-11-21:"]

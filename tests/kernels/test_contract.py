@@ -69,8 +69,7 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(operation, kind, dtype, ba
     compare(operation, operation.draw(batch, 48, 3), batch, kind, dtype, device)
 
 
-def drawn_widths(most):
-    """Each is a compilation, where kernels are compiled."""
+def drawn_widths(most):  # each is a compilation, where kernels are compiled
     return st.sampled_from([1, 7, 24, 48, 70]) if torch.cuda.is_available() else st.integers(1, most)
 
 
