@@ -5,14 +5,11 @@
 namespace adajudge::ADAJUDGE_LEVEL {
 namespace {
 
-struct Yes {
-    static constexpr bool value = true;
-};
-struct No {
-    static constexpr bool value = false;
-};
+// What becomes of a token's gradient: nothing, it is stored, or it is stored past the caches.
+enum class Gradient { left, stored, streamed };
 
 constexpr int64_t STREAMED_BYTES = 32 << 20;  // of gradients: more than caches keep until somebody reads them
+constexpr int AHEAD = 1024;                   // bytes of a state that are asked for before they are needed
 
 template <class T>
 struct ScanBackward {
@@ -28,126 +25,126 @@ struct ScanBackward {
     A *grad_alpha_parts;     // [N, K]
     A *grad_weight_parts;    // [N, d]
 
-    // Rows that a thread fills: H~ - z_A of a token, and what the last and mean view say of a token's gradient: of a prompt
-    // token nothing, of a response token g_M / n, of the last one g_L besides.
-    struct Rows {
-        A *h, *prompt, *response, *last;
+    // What a chunk's tokens share: alpha [K], g_A and z_A; a row for h - z_A of the token read last; what the last and the
+    // mean view say of a token's gradient: of a prompt token nothing, of a response token g_M / n, of the last one g_L
+    // besides; the sums of dalpha [K] and dw.
+    struct Work {
+        const A *depth_weights, *grad, *pooled;
+        A *h, *prompt, *response, *last, *grad_alpha, *grad_weight;
+    };
+    static constexpr int ROWS = 4;  // of them a thread's own
+
+    // A token that has been read: its slot, what its gradient starts from (a row of `Work`), its beta and dlogit.
+    struct Token {
+        int64_t slot;
+        const A* base;
+        A beta, grad_logit;
+        bool own;  // else its gradient is left to `prompt_chunk`
     };
 
-    // With h = sum_k alpha_k H_k: returns w . h; writes h - z_A, and g_A times it to `grad_dot`.
-    template <class Known>
-    ALWAYS_INLINE A mix(Known, const T* const* rows, const A* depth_weights, const A* grad, const A* pooled, A* h,
-                        A& grad_dot) const {
+    // Reads the token in `slot`, with h = sum_k alpha_k H_k: returns w . h, leaves h - z_A in its row, and g_A times it in
+    // `grad_dot`. Meanwhile the token read before gets its gradient, so that memory reads and writes at once:
+    // g = base + beta g_A + dlogit w; dH_k = alpha_k g, dalpha_k += g . H_k, dw += dlogit (h - z_A):
+    // the dlogit of a sequence sum to zero, and so a mean of its states need not cancel.
+    template <Gradient GRADIENT, class Known>
+    A step(Known, const Work work, int64_t slot, const Token before, A& grad_dot) const {
         const int64_t d = call.features, depths = Known::known ? Known::known : call.depths;
-        const A* w = weight;
+        const T *rows[Known::most], *rows_before[Known::most];
+        T* grad_rows[Known::most];
         Lanes<A> a[Known::most];
-        for (int k = 0; k < depths; ++k) a[k] = broadcast<Lanes<A>>(depth_weights[k]);
+        for (int k = 0; k < depths; ++k) {
+            rows[k] = states[k] + slot * d;
+            rows_before[k] = states[k] + before.slot * d;
+            grad_rows[k] = grad_states[k] + before.slot * d;
+            a[k] = broadcast<Lanes<A>>(work.depth_weights[k]);
+        }
+        const A *const w = weight, *const grad = work.grad, *const pooled = work.pooled, *const base = before.base;
+        A *const h = work.h, *const grad_weight = work.grad_weight;
+        const auto beta = broadcast<Lanes<A>>(before.beta), grad_logit = broadcast<Lanes<A>>(before.grad_logit);
         auto logit = broadcast<Lanes<A>>(A(0)), dot = logit;
         for_segments(d, [&](int64_t begin, int64_t end) {
             auto logit_part = broadcast<Lanes<A>>(A(0)), dot_part = logit_part;
-            for_lanes(begin, end, [&](int64_t j, auto n) {
+            Lanes<A> dots[Known::most];
+            for (int k = 0; k < depths; ++k) dots[k] = broadcast<Lanes<A>>(A(0));
+            const auto ahead = [&](int64_t j) {  // in this token or the next
+                for (int k = 0; k < depths; ++k) __builtin_prefetch(rows[k] + j + AHEAD / sizeof(T));
+            };
+            for_lines<T>(begin, end, ahead, [&](int64_t j, auto n) {
+                // All loads come before the stores: processors take a load at a page's same place for what a store wrote.
+                const Lanes<A> of_weight = load(w + j, n), of_grad = load(grad + j, n), h_before = load(h + j, n);
                 Lanes<A> x = load(rows[0] + j, n) * a[0];
                 for (int k = 1; k < depths; ++k) x = multiply_add(load(rows[k] + j, n), a[k], x);
-                logit_part = multiply_add(x, load(w + j, n), logit_part);
+                logit_part = multiply_add(x, of_weight, logit_part);
                 const Lanes<A> centred = x - load(pooled + j, n);
-                dot_part = multiply_add(centred, load(grad + j, n), dot_part);
+                dot_part = multiply_add(centred, of_grad, dot_part);
+                const Lanes<A> of_view = multiply_add(of_grad, beta, load(base + j, n));
+                const Lanes<A> g = multiply_add(of_weight, grad_logit, of_view);
+                const Lanes<A> of_grad_weight = multiply_add(h_before, grad_logit, load(grad_weight + j, n));
+                for (int k = 0; k < depths; ++k) dots[k] = multiply_add(g, load(rows_before[k] + j, n), dots[k]);
                 store(h + j, centred, n);
+                store(grad_weight + j, of_grad_weight, n);
+                for (int k = 0; k < depths; ++k) {
+                    if constexpr (GRADIENT == Gradient::streamed) stream(grad_rows[k] + j, g * a[k], n);
+                    if constexpr (GRADIENT == Gradient::stored) store(grad_rows[k] + j, g * a[k], n);
+                }
             });
             logit += logit_part;
             dot += dot_part;
+            for (int k = 0; k < depths; ++k) work.grad_alpha[k] += sum<A>(dots[k]);
         });
         grad_dot = sum<A>(dot);
         return sum<A>(logit);
     }
 
-    // g = base + beta g_A + dlogit w; dH_k = alpha_k g, dalpha_k += g . H_k, dw += dlogit (h - z_A):
-    // the dlogit of a sequence sum to zero, and so a mean of its states need not cancel.
-    template <bool WRITE, bool STREAM, class Known>
-    ALWAYS_INLINE void spread(Known, const T* const* rows, T* const* grad_rows, const A* depth_weights, const A* base,
-                              const A* grad, A beta, A grad_logit, const A* h, A* grad_alpha, A* grad_weight) const {
-        const A* w = weight;
-        const int64_t depths = Known::known ? Known::known : call.depths;
-        Lanes<A> a[Known::most];
-        for (int k = 0; k < depths; ++k) a[k] = broadcast<Lanes<A>>(depth_weights[k]);
-        const auto betas = broadcast<Lanes<A>>(beta), dlogits = broadcast<Lanes<A>>(grad_logit);
-        for_segments(call.features, [&](int64_t begin, int64_t end) {
-            Lanes<A> dots[Known::most];
-            for (int k = 0; k < depths; ++k) dots[k] = broadcast<Lanes<A>>(A(0));
-            for_lanes(begin, end, [&](int64_t j, auto n) {
-                const Lanes<A> of_view = multiply_add(load(grad + j, n), betas, load(base + j, n));
-                const Lanes<A> g = multiply_add(load(w + j, n), dlogits, of_view);
-                store(grad_weight + j, multiply_add(load(h + j, n), dlogits, load(grad_weight + j, n)), n);
-                if (j % (64 / sizeof(T)) == 0)  // the next token's line, most often: read while these gradients are written
-                    for (int k = 0; k < depths; ++k) __builtin_prefetch(rows[k] + j + call.features);
-                for (int k = 0; k < depths; ++k) {
-                    dots[k] = multiply_add(g, load(rows[k] + j, n), dots[k]);
-                    if constexpr (WRITE && STREAM) stream(grad_rows[k] + j, g * a[k], n);
-                    if constexpr (WRITE && !STREAM) store(grad_rows[k] + j, g * a[k], n);
-                }
-            });
-            for (int k = 0; k < depths; ++k) grad_alpha[k] += sum<A>(dots[k]);
-        });
-    }
-
     template <class Known>
-    void token(Known known, const Chunk& c, int64_t index, int64_t position, const Rows& held, A* grad_alpha) const {
-        const int64_t d = call.features, slot = c.sequence.slot(position), b = c.sequence_index;
-        const bool own = !shared || position >= c.sequence.first();
-        const bool response = call.layout.roles[slot] == RESPONSE;
-        const int64_t depths = Known::known ? Known::known : call.depths;
-        const T* rows[Known::most];
-        T* grad_rows[Known::most];
-        for (int k = 0; k < depths; ++k) {
-            rows[k] = states[k] + slot * d;
-            grad_rows[k] = grad_states[k] + slot * d;
-        }
-        if (call.response_only && !response) {  // nobody has read it
-            for (int k = 0; own && k < depths; ++k) fill_zero(grad_rows[k], d);
-            return;
-        }
-        const A one = 1, *depth_weights = alpha ? alpha + b * depths : &one, *grad = grad_attention + b * d;
-        A grad_dot;
-        const A logit = mix(known, rows, depth_weights, grad, attention + b * d, held.h, grad_dot) + bias;
-        const A beta = exp_of_negative(logit - log_sum_exp[b]), grad_logit = beta * grad_dot;
-        const A* base = slot == c.sequence.last_response ? held.last : response ? held.response : held.prompt;
-        A* grad_weight = grad_weight_parts + index * d;
-        const auto spread_as = [&](auto write, auto past_caches) {
-            spread<decltype(write)::value, decltype(past_caches)::value>(
-                known, rows, grad_rows, depth_weights, base, grad, beta, grad_logit, held.h, grad_alpha, grad_weight);
-        };
-        if (own && streaming)
-            spread_as(Yes{}, Yes{});
-        else if (own)
-            spread_as(Yes{}, No{});
-        else
-            spread_as(No{}, No{});
-        if (!own) {
-            betas[index * CHUNK_TOKENS + position - c.begin] = beta;
-            grad_logits[index * CHUNK_TOKENS + position - c.begin] = grad_logit;
-        }
-    }
-
-    template <class Known>
-    void chunk(Known known, int64_t index, A* scratch) const {
-        const int64_t d = call.features;
+    void chunk(Known known, int64_t index, A* rows) const {
+        const int64_t d = call.features, depths = call.depths;
         const Chunk c = chunk_at(call.layout, index);
-        const Rows held{scratch, scratch + d, scratch + 2 * d, scratch + 3 * d};
-        fill_zero(held.prompt, 3 * d);
+        const int64_t b = c.sequence_index;
+        const A one = 1;
+        const Work work{alpha ? alpha + b * depths : &one, grad_attention + b * d, attention + b * d,
+                        rows, rows + d, rows + 2 * d, rows + 3 * d,
+                        grad_alpha_parts + index * depths, grad_weight_parts + index * d};
+        fill_zero(rows, ROWS * d);
+        fill_zero(work.grad_alpha, depths);
+        fill_zero(work.grad_weight, d);
         if (alpha) {
-            const A *grad_mean = static_cast<const A*>(call.grad_mean) + c.sequence_index * d;
-            const A *grad_last = static_cast<const A*>(call.grad_last) + c.sequence_index * d;
+            const A* grad_mean = static_cast<const A*>(call.grad_mean) + b * d;
+            const A* grad_last = static_cast<const A*>(call.grad_last) + b * d;
             const auto count = broadcast<Lanes<A>>(A(c.sequence.responses));
             for_lanes(0, d, [&](int64_t j, auto n) {
                 const Lanes<A> mean = load(grad_mean + j, n) / count;
-                store(held.response + j, mean, n);
-                store(held.last + j, mean + load(grad_last + j, n), n);
+                store(work.response + j, mean, n);
+                store(work.last + j, mean + load(grad_last + j, n), n);
             });
         }
-        A* grad_alpha = grad_alpha_parts + index * call.depths;
-        fill_zero(grad_alpha, call.depths);
-        fill_zero(grad_weight_parts + index * d, d);
-        for (int64_t position = c.begin; position < c.end; ++position)
-            token(known, c, index, position, held, grad_alpha);
+        Token before{};
+        A grad_dot;
+        const auto read = [&](int64_t slot) {
+            if (!before.own) return step<Gradient::left>(known, work, slot, before, grad_dot);
+            if (streaming) return step<Gradient::streamed>(known, work, slot, before, grad_dot);
+            return step<Gradient::stored>(known, work, slot, before, grad_dot);
+        };
+        bool any = false;
+        for (int64_t position = c.begin; position < c.end; ++position) {
+            const int64_t slot = c.sequence.slot(position);
+            const bool own = !shared || position >= c.sequence.first(), response = call.layout.roles[slot] == RESPONSE;
+            if (call.response_only && !response) {  // nobody has read it
+                for (int64_t k = 0; own && k < depths; ++k) fill_zero(grad_states[k] + slot * d, d);
+                continue;
+            }
+            if (!any) before = {slot, work.prompt, 0, 0, false};  // the first follows a token without a gradient
+            const A logit = read(slot) + bias, beta = exp_of_negative(logit - log_sum_exp[b]);
+            if (!any) fill_zero(work.grad_alpha, depths);  // whose products with infinite states are NaN
+            any = true;
+            const A* base = slot == c.sequence.last_response ? work.last : response ? work.response : work.prompt;
+            before = {slot, base, beta, beta * grad_dot, own};
+            if (!own) {
+                betas[index * CHUNK_TOKENS + position - c.begin] = beta;
+                grad_logits[index * CHUNK_TOKENS + position - c.begin] = before.grad_logit;
+            }
+        }
+        if (any) read(before.slot);  // once more, for its gradient
         if (streaming) streamed();
     }
 
@@ -186,7 +183,7 @@ void run_views_backward(const ViewsBackward& call) {
     const bool shared = layout.num_groups != layout.num_sequences;
     const int64_t numbers = 2 * depths * chunks * CHUNK_TOKENS * d;
     const int threads = threads_for(numbers, chunks, call.threads);
-    const Scratch<A> rows(threads * 4 * d), per_token(shared ? 2 * chunks * CHUNK_TOKENS : 0);
+    const Scratch<A> rows(threads * ScanBackward<T>::ROWS * d), per_token(shared ? 2 * chunks * CHUNK_TOKENS : 0);
     const Scratch<A> grad_alpha(chunks * depths), grad_weight(chunks * d);
     ScanBackward<T> scan{call, {}, {}, static_cast<const A*>(call.alpha), static_cast<const A*>(call.weight),
                          static_cast<const A*>(call.grad_attention), static_cast<const A*>(call.attention),
@@ -201,7 +198,7 @@ void run_views_backward(const ViewsBackward& call) {
     for (int64_t k = 0; k < depths; ++k) scan.streaming = scan.streaming && streamable(scan.grad_states[k]);
     with_depths(depths, [&](auto known) {
         parallel_for(chunks, threads, [&](int64_t chunk, int thread) {
-            scan.chunk(known, chunk, rows.row(thread, 4 * d));
+            scan.chunk(known, chunk, rows.row(thread, ScanBackward<T>::ROWS * d));
         });
     });
     if (shared) {
@@ -212,7 +209,7 @@ void run_views_backward(const ViewsBackward& call) {
             const Group group = group_at(layout, layout.group_chunks[piece]);
             const int64_t begin = (piece - group.first_chunk) * CHUNK_TOKENS;
             const int64_t end = smaller(begin + CHUNK_TOKENS, group.stop - group.start);
-            scan.prompt_chunk(group, begin, end, rows.row(thread, 4 * d));
+            scan.prompt_chunk(group, begin, end, rows.row(thread, ScanBackward<T>::ROWS * d));
         });
     } else {
         zero_padding<T>(layout, call.grad_states, depths, d, threads);
