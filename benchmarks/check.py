@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from adajudge_kernels.backends import FAMILIES, choose_backend
 from benchmarks import sizes
 from benchmarks import test_head as head
 from benchmarks.allocator import keep_freed_memory
@@ -90,6 +91,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.check", description=__doc__)
     parser.add_argument("--short", action="store_true", help="one case, a few seconds")
     short = parser.parse_args(arguments).short
+    try:
+        for family in FAMILIES:
+            choose_backend(torch.device("cpu"), family)
+    except ValueError as error:  # a forced one that cannot serve
+        sys.exit(str(error))
     keep_freed_memory()
     floors = json.loads(FLOORS.read_text())["cpu"]
     rounds = SHORT_ROUNDS if short else ROUNDS

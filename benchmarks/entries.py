@@ -83,12 +83,20 @@ class Entry:
         return {letter: int(number) for letter, number in re.findall(r"(\w+)=(\d+)", self.shape)}
 
 
+def _commit(written: dict[str, Any]) -> str:
+    found = written.get("commit_info", {})
+    if not re.fullmatch("[0-9a-f]{40}", found.get("id", "")):
+        return ""
+    return found["id"][:12] + (", changed" if found["dirty"] else "")
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A file's entries, and the machine that they are of."""
 
     machine: dict[str, Any]
     date: str  # 2026-11-21
+    commit: str  # what was measured, if git knew: 2102fe32e6fb, changed
     entries: list[Entry]  # in the order of each family's first in the file, then by size, dtype and work
 
     @classmethod
@@ -100,7 +108,7 @@ class Run:
         entries.sort(
             key=lambda x: (families.index((x.source, x.family)), [*x.sizes.values()], x.dtype, x.work)
         )
-        return cls(written["machine_info"], written["datetime"][:10], entries)
+        return cls(written["machine_info"], written["datetime"][:10], _commit(written), entries)
 
     @property
     def device(self) -> str:

@@ -89,7 +89,8 @@ def _machine(run: Run) -> str:
     said += [
         f"{name} {run.machine[name]}" for name in ("python", "torch", "cuda", "triton") if name in run.machine
     ]
-    return f"{', '.join(said)}; {run.date}."
+    measured = f"{run.date}, commit {run.commit}" if run.commit else run.date
+    return f"{', '.join(said)}; {measured}."
 
 
 def _cases(run: Run) -> list[str]:

@@ -53,7 +53,7 @@ def bare(side, seconds, group="eager cost of depth_gate, inference", source="eag
     return {**made, "group": group, "extra_info": {}}
 
 
-def write(path, benchmarks, machine=CPU):
+def write(path, benchmarks, machine=CPU, **more):
     """The file."""
     path.write_text(
         json.dumps(
@@ -61,6 +61,7 @@ def write(path, benchmarks, machine=CPU):
                 "machine_info": machine,
                 "datetime": "2026-11-21T17:43:31.729002+00:00",
                 "benchmarks": benchmarks,
+                **more,
             }
         )
     )

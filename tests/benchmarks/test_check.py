@@ -51,6 +51,12 @@ def test_the_command_fails_and_names_each_case_below_its_floor(monkeypatch):
     assert stopped.value.code == "experts, B=16, forward: 1.10x the speed of eager, below the floor of 1.20x"
 
 
+def test_a_forced_backend_that_cannot_serve_is_an_error_and_not_a_traceback(monkeypatch):
+    monkeypatch.setenv("ADAJUDGE_BACKEND", "tpu")
+    with pytest.raises(SystemExit, match=r"^ADAJUDGE_BACKEND=tpu: unknown backend 'tpu'"):
+        check.main(["--short"])
+
+
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_real_ratio_falls_below_a_floor_that_nothing_reaches(backward):
     gate = check.Gate("pooling, small", SMALL, backward)

@@ -34,8 +34,10 @@ def run_of(tmp_path):
 def page_of(tmp_path):
     """The page that the command makes of some files' benchmarks."""
 
-    def text(*files, machine=synthetic.CPU, arguments=()):
-        paths = [synthetic.write(tmp_path / f"{i}.json", made, machine) for i, made in enumerate(files)]
+    def text(*files, machine=synthetic.CPU, arguments=(), **more):
+        paths = [
+            synthetic.write(tmp_path / f"{i}.json", made, machine, **more) for i, made in enumerate(files)
+        ]
         report.main([*map(str, paths), "--docs", str(tmp_path), *arguments])
         return (tmp_path / "benchmarks.md").read_text()
 
@@ -229,3 +231,15 @@ def test_a_price_that_is_none_is_refused(tmp_path, price, capsys):
 def test_nothing_is_printed_of_what_was_not_measured(page_of, capsys):
     page_of([synthetic.bare(OURS, 1e-5)])
     assert capsys.readouterr().out.split() == ["Made", "Up", "1000,", "2026-11-21:"]
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({"id": "2102fe32" * 5, "dirty": False}, "; 2026-11-21, commit 2102fe322102."),
+        ({"id": "2102fe32" * 5, "dirty": True}, "; 2026-11-21, commit 2102fe322102, changed."),
+        ({"id": "unversioned", "dirty": False}, "; 2026-11-21."),
+    ],
+)
+def test_the_page_says_what_was_measured(page_of, found, said):
+    assert said in page_of([synthetic.benchmark(OURS, 1e-3)], commit_info=found)

@@ -229,5 +229,13 @@ def others_table():
     return rows_table(["kernel", "of", "threads", *ARCHITECTURES], rows)
 
 
+def main():
+    """Print the tables, or say why there are none."""
+    try:
+        print(scans_table(), rings_table(), others_table(), sep="\n\n")
+    except FileNotFoundError as error:
+        sys.exit(f"{error.filename}: no such report; it is written by `make setup` where nvcc is found")
+
+
 if __name__ == "__main__":
-    print(scans_table(), rings_table(), others_table(), sep="\n\n")
+    main()
