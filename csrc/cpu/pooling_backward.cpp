@@ -70,7 +70,7 @@ struct ScanBackward {
                 for (int k = 0; k < depths; ++k) __builtin_prefetch(rows[k] + j + AHEAD / sizeof(T));
             };
             for_lines<T>(begin, end, ahead, [&](int64_t j, auto n) {
-                // All loads come before the stores: processors take a load at a page's same place for what a store wrote.
+                // Loads first: until it is stored, the row of h is that of the token before.
                 const Lanes<A> of_weight = load(w + j, n), of_grad = load(grad + j, n), h_before = load(h + j, n);
                 Lanes<A> x = load(rows[0] + j, n) * a[0];
                 for (int k = 1; k < depths; ++k) x = multiply_add(load(rows[k] + j, n), a[k], x);
