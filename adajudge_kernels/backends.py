@@ -134,8 +134,7 @@ def use_backend(backend: str, families: Collection[str] = FAMILIES) -> Iterator[
 def choose_backend(device: torch.device, family: str) -> Choice:
     """The backend that serves operations of `family` on tensors of `device`.
 
-    Order: `use_backend`, the environment variable, the automatic choice: on CUDA the one that `fastest_on_gpu` names, on
-    the CPU the compiled kernels where they are installed, else the reference.
+    Order: `use_backend`, the environment variable, the `fastest`.
 
     Raises:
         ValueError: a forced backend is unknown or cannot serve the call.
@@ -148,34 +147,33 @@ def choose_backend(device: torch.device, family: str) -> Choice:
     if named:
         source = f"{ENVIRONMENT_VARIABLE}={named}"
         return Choice(_servable(source, named, device, family), f"forced by {ENVIRONMENT_VARIABLE}")
-    if device.type == "cuda":
-        return Choice(*_traceable_fastest_on_gpu(family))
-    if device.type == "cpu" and unavailable_reason("cpu", family) is None:
-        return Choice("cpu", "the fastest for cpu tensors")
-    return Choice("reference", f"no faster {family} kernels are here for {device.type} tensors")
+    return _traceable_fastest(device.type, family)
 
 
 @functools.cache
-def fastest_on_gpu(family: str) -> tuple[str, str]:
-    """The backend that serves `family` on CUDA if none is forced, and why.
+def fastest(device_type: str, family: str) -> Choice:
+    """The backend that serves `family` on a kind of device if none is forced.
 
-    It is what ``python -m adajudge_kernels.tune`` measured to be the faster of Triton and the CUDA C++ kernels on this
-    GPU; where nothing was measured, Triton; without Triton the CUDA C++ kernels, and without those the reference.
+    On CUDA it is what ``python -m adajudge_kernels.tune`` measured to be the faster of Triton and the CUDA C++ kernels on
+    this GPU; where nothing was measured, Triton; without Triton the CUDA C++ kernels. On the CPU it is the compiled
+    kernels. Where those are not here, and elsewhere, it is the reference.
     """
-    candidates = ("triton", "cuda")
-    measured = measured_names("backends", candidates).get(family)
-    if measured and unavailable_reason(measured, family) is None:
-        return measured, "measured to be the fastest on this GPU"
-    if _TRITON_FOUND and family in SERVED["triton"]:
-        return "triton", "the usual one on GPUs"
-    if unavailable_reason("cuda", family) is None:
-        return "cuda", "triton is not installed"
-    return "reference", f"no faster {family} kernels are here for cuda tensors"
+    if device_type == "cuda":
+        measured = measured_names("backends", ("triton", "cuda")).get(family)
+        if measured and unavailable_reason(measured, family) is None:
+            return Choice(measured, "measured to be the fastest on this GPU")
+        if _TRITON_FOUND and family in SERVED["triton"]:
+            return Choice("triton", "the usual one on GPUs")
+        if unavailable_reason("cuda", family) is None:
+            return Choice("cuda", "triton is not installed")
+    if device_type == "cpu" and unavailable_reason("cpu", family) is None:
+        return Choice("cpu", "the fastest for cpu tensors")
+    return Choice("reference", f"no faster {family} kernels are here for {device_type} tensors")
 
 
 @torch.compiler.assume_constant_result  # a trace reads no files
-def _traceable_fastest_on_gpu(family: str) -> tuple[str, str]:
-    return fastest_on_gpu(family)
+def _traceable_fastest(device_type: str, family: str) -> Choice:
+    return fastest(device_type, family)
 
 
 @torch.compiler.assume_constant_result

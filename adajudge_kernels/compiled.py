@@ -94,13 +94,28 @@ def contiguous(x: Tensor) -> Tensor:
 
 
 def as_arithmetic(x: Tensor, acc: torch.dtype) -> Tensor:
-    """A small argument as the kernels want it: in the precision of their arithmetic."""
+    """An argument as the kernels want it: in the precision of their arithmetic."""
     return contiguous(x if x.dtype == acc else x.to(acc))
 
 
+def small(x: Tensor, acc: torch.dtype) -> Tensor:
+    """A small argument as the module takes it, `stored`: where it runs on a CPU, it widens numbers itself."""
+    return as_arithmetic(x, acc) if on_cuda(x) else x.contiguous()
+
+
+def stored(x: Tensor | None) -> tuple[Any, int, int] | None:
+    """A small argument for the module: dtype, address and how many numbers."""
+    return None if x is None else (_DTYPES[x.dtype], x.data_ptr(), x.numel())
+
+
 def layout_of(tables: LayoutTables) -> Any:
-    """The module's view of the tables; they must outlive it."""
-    return module.Layout(
-        *(x.data_ptr() for x in tables),
-        *(x.shape[0] for x in tables),
-    )
+    """The module's view of the tables; they must outlive it. Made once: between other work, to ask every table where it lies
+    takes longer than some kernels."""
+    begin = tables.roles.data_ptr()
+    known = tables.__dict__.get("native")
+    if known is not None and known[0] == begin:  # else they have been moved to shared memory
+        return known[1]
+    layout = module.Layout(*(x.data_ptr() for x in tables), *(x.shape[0] for x in tables))
+    if begin:  # a table of nothing never moves
+        tables.__dict__["native"] = begin, layout
+    return layout

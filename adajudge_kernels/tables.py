@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,15 @@ CHUNK_TOKENS = 64
 """Kernels cut a run of tokens into chunks of this many, counted from the run's own start."""
 
 
-class LayoutTables(NamedTuple):
+class _LayoutTables(NamedTuple):
+    roles: Tensor
+    sequences: Tensor
+    chunks: Tensor
+    groups: Tensor
+    group_chunks: Tensor
+
+
+class LayoutTables(_LayoutTables):
     """What a pooling kernel needs to know of a layout.
 
     Attributes:
@@ -25,11 +34,13 @@ class LayoutTables(NamedTuple):
         group_chunks: ``[M]``, the group of each chunk of a group.
     """
 
-    roles: Tensor
-    sequences: Tensor
-    chunks: Tensor
-    groups: Tensor
-    group_chunks: Tensor
+    @classmethod
+    def of(cls, tables: Sequence[Tensor]) -> LayoutTables:
+        """The tables by name, from an operator's list of them."""
+        return tables if isinstance(tables, cls) else cls(*tables)
+
+    def __getstate__(self) -> None:
+        """Nothing but the tables is copied: what a backend keeps with them is of their addresses."""
 
     @property
     def ranges(self) -> Tensor:

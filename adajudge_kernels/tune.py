@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adajudge_kernels.backends import fastest_on_gpu, unavailable_reason, use_backend
+from adajudge_kernels.backends import fastest, unavailable_reason, use_backend
 from adajudge_kernels.layers import ExpertCombination, default_num_heads
 from adajudge_kernels.layout import SequenceLayout
 from adajudge_kernels.loss.ops import focal_bradley_terry_loss
@@ -227,7 +227,7 @@ def tune_backends(shapes: Iterable[dict[str, Callable[[], object]]], measure: Me
 def write_backends(found: dict[str, str]) -> str:
     """Put the names of the fastest backends, by family, into their file; returns its path."""
     path = _write_file("backends", found)
-    fastest_on_gpu.cache_clear()
+    fastest.cache_clear()
     return path
 
 
@@ -266,9 +266,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{best} is used; written to {write_attention({libraries.key(d // heads, dtype): best})}")
     # Last, with the tiles found above.
     shapes = [(d, depths, dtype, args.tokens, device) for d in args.features for depths in args.depths]
-    fastest = tune_backends((backend_calls(*shape) for shape in shapes), do_bench)
-    if fastest:
-        print(f"used from now on; written to {write_backends(fastest)}")
+    by_family = tune_backends((backend_calls(*shape) for shape in shapes), do_bench)
+    if by_family:
+        print(f"used from now on; written to {write_backends(by_family)}")
     return 0
 
 

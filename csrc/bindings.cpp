@@ -4,10 +4,13 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 #include <stdexcept>
+#include <tuple>
 #include <variant>
 #include <vector>
 
+#include "cpu/dtypes.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -27,6 +30,36 @@ std::vector<void*> at(const std::vector<Address>& addresses) {
 
 // Where a call runs: on so many threads of the CPU, or on a stream of the current CUDA device.
 using Where = std::variant<int, cuda::Stream>;
+
+// A small argument as it is stored: dtype, address, how many numbers; or none.
+using Given = std::optional<std::tuple<Dtype, Address, int64_t>>;
+
+// A small argument in the precision of the kernels' arithmetic. Where they run on the CPU it is widened here, which a
+// call of torch's would take longer for than many a kernel.
+class Small {
+public:
+    Small(const Where& where, const Given& given) {
+        if (!given) return;
+        const auto [dtype, address, count] = *given;
+        data_ = at(address);
+        if (dtype == Dtype::float64 || dtype == Dtype::float32) return;
+        if (!std::holds_alternative<int>(where)) throw py::value_error("a small argument of 16 bits, on a CUDA device");
+        widened_.resize(count);
+        with_dtype(dtype, [&, from = data_](auto type) {
+            using T = typename decltype(type)::type;
+            if constexpr (sizeof(T) == 2)
+                for_lanes(0, count, [&](int64_t j, auto n) { store(&widened_[j], load(static_cast<const T*>(from) + j, n), n); });
+        });
+        data_ = widened_.data();
+    }
+    Small(const Small&) = delete;
+    Small& operator=(const Small&) = delete;
+    operator const real*() const { return data_; }
+
+private:
+    std::vector<float> widened_;
+    const real* data_ = nullptr;
+};
 
 #if defined(ADAJUDGE_WITH_CUDA)  // a string: the code that the kernels were compiled to, "sm_80;sm_90;compute_90"
 #define ON_CUDA(name) cuda::name
@@ -114,43 +147,47 @@ void define_pooling(py::module_& m) {
         run(where, call, ON_CPU(spread_means), ON_CUDA(spread_means));
     });
     m.def("depth_weights", [](const Where& where, Dtype dtype, int64_t num_sequences, int64_t features, int64_t depths, Address context,
-                              Address weight, Address bias, Address alpha) {
-        const DepthWeights call{dtype, num_sequences, features, depths, at(context), at(weight), at(bias), at(alpha)};
+                              const Given& weight, const Given& bias, Address alpha) {
+        const Small weights(where, weight), biases(where, bias);
+        const DepthWeights call{dtype, num_sequences, features, depths, at(context), weights, biases, at(alpha)};
         run(where, call, ON_CPU(depth_weights), ON_CUDA(depth_weights));
     });
     m.def("views", [](const Where& where, Dtype dtype, const Layout& layout, int64_t features, bool response_only,
-                      const std::vector<Address>& states, Address alpha, Address weight, Address bias, Address last,
-                      Address mean, Address attention, Address log_sum_exp) {
+                      const std::vector<Address>& states, const Given& alpha, const Given& weight, const Given& bias,
+                      Address last, Address mean, Address attention, Address log_sum_exp) {
         const std::vector<void*> pointers = at(states);
+        const Small alphas(where, alpha), weights(where, weight), biases(where, bias);
         const Views call{dtype, 1, layout, features, static_cast<int64_t>(pointers.size()), response_only,
-                         pointers.data(), at(alpha), at(weight), at(bias), at(last), at(mean), at(attention),
-                         at(log_sum_exp)};
+                         pointers.data(), alphas, weights, biases, at(last), at(mean), at(attention), at(log_sum_exp)};
         run(where, call, ON_CPU(views), ON_CUDA(views));
     });
     m.def("views_backward", [](const Where& where, Dtype dtype, const Layout& layout, int64_t features, bool response_only,
                                Address grad_last, Address grad_mean, Address grad_attention,
-                               const std::vector<Address>& states, Address alpha, Address weight, Address bias,
-                               Address attention, Address log_sum_exp, const std::vector<Address>& grad_states,
-                               Address grad_alpha, Address grad_weight) {
+                               const std::vector<Address>& states, const Given& alpha, const Given& weight,
+                               const Given& bias, Address attention, Address log_sum_exp,
+                               const std::vector<Address>& grad_states, Address grad_alpha, Address grad_weight) {
         const std::vector<void*> from = at(states), to = at(grad_states);
+        const Small alphas(where, alpha), weights(where, weight), biases(where, bias);
         const ViewsBackward call{dtype, 1, layout, features, static_cast<int64_t>(from.size()), response_only,
-                                 at(grad_last), at(grad_mean), at(grad_attention), from.data(), at(alpha), at(weight),
-                                 at(bias), at(attention), at(log_sum_exp), to.data(), at(grad_alpha), at(grad_weight)};
+                                 at(grad_last), at(grad_mean), at(grad_attention), from.data(), alphas, weights, biases,
+                                 at(attention), at(log_sum_exp), to.data(), at(grad_alpha), at(grad_weight)};
         run(where, call, ON_CPU(views_backward), ON_CUDA(views_backward));
     });
 }
 
 void define_refinement(py::module_& m) {
     m.def("rms_norm", [](const Where& where, Dtype dtype, int64_t rows, int64_t features, double eps, Address x, Address update,
-                         Address weight, Address total, Address normed) {
-        const RmsNorm call{dtype, 1, rows, features, eps, at(x), at(update), at(weight), at(total), at(normed)};
+                         const Given& weight, Address total, Address normed) {
+        const Small weights(where, weight);
+        const RmsNorm call{dtype, 1, rows, features, eps, at(x), at(update), weights, at(total), at(normed)};
         run(where, call, ON_CPU(rms_norm), nullptr);
     });
     m.def("rms_norm_backward", [](const Where& where, Dtype dtype, int64_t rows, int64_t features, double eps,
-                                  Address grad_total, Address grad_normed, Address total, Address weight, Address grad,
-                                  Address grad_weight) {
+                                  Address grad_total, Address grad_normed, Address total, const Given& weight,
+                                  Address grad, Address grad_weight) {
+        const Small weights(where, weight);
         const RmsNormBackward call{dtype, 1, rows, features, eps, at(grad_total), at(grad_normed), at(total),
-                                   at(weight), at(grad), at(grad_weight)};
+                                   weights, at(grad), at(grad_weight)};
         run(where, call, ON_CPU(rms_norm_backward), nullptr);
     });
     m.def("swiglu", [](const Where& where, Dtype dtype, int64_t rows, int64_t features, Address gate_up, Address out) {
@@ -178,44 +215,62 @@ void define_refinement(py::module_& m) {
     });
 }
 
-// Views, outputs, small weights: lists in the order of `Experts`.
-Experts experts_at(bool fp64, int64_t rows, int64_t features, int64_t view_units, int64_t router_units,
-                   const std::array<Address, 4>& views, Dtype view_in_dtype, Address view_in, Dtype router_in_dtype,
-                   Address router_in, const std::array<Address, 6>& small, const std::array<Address, 3>& outputs) {
-    return {fp64, 1, rows, features, view_units, router_units,
-            {at(views[0]), at(views[1]), at(views[2]), at(views[3])},
-            {view_in_dtype, at(view_in)}, {router_in_dtype, at(router_in)},
-            at(small[0]), at(small[1]), at(small[2]), at(small[3]), at(small[4]), at(small[5]),
-            at(outputs[0]), at(outputs[1]), at(outputs[2])};
+// Views, small weights, outputs: lists in the order of `Experts`.
+struct GivenExperts {
+    Experts call;  // without its small weights
+    std::array<Given, 6> small;
+};
+
+GivenExperts experts_at(bool fp64, int64_t rows, int64_t features, int64_t view_units, int64_t router_units,
+                        const std::array<Address, 4>& views, Dtype view_in_dtype, Address view_in, Dtype router_in_dtype,
+                        Address router_in, const std::array<Given, 6>& small, const std::array<Address, 3>& outputs) {
+    return {{fp64, 1, rows, features, view_units, router_units,
+             {at(views[0]), at(views[1]), at(views[2]), at(views[3])},
+             {view_in_dtype, at(view_in)}, {router_in_dtype, at(router_in)},
+             nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
+             at(outputs[0]), at(outputs[1]), at(outputs[2])}, small};
+}
+
+// body(Experts with its small weights)
+template <class Body>
+void with_small(const Where& where, const GivenExperts& given, Body body) {
+    const auto& from = given.small;
+    const Small small[] = {{where, from[0]}, {where, from[1]}, {where, from[2]}, {where, from[3]}, {where, from[4]}, {where, from[5]}};
+    Experts call = given.call;
+    call.view_in_bias = small[0], call.view_out = small[1], call.view_out_bias = small[2];
+    call.router_in_bias = small[3], call.router_out = small[4], call.router_out_bias = small[5];
+    body(call);
 }
 
 void define_experts(py::module_& m) {
-    py::class_<Experts>(m, "Experts", "Addresses and sizes of a gated expert combination.")
+    py::class_<GivenExperts>(m, "Experts", "Addresses and sizes of a gated expert combination.")
         .def(py::init(&experts_at), py::arg("fp64"), py::arg("rows"), py::arg("features"),
              py::arg("view_units"), py::arg("router_units"), py::arg("views"), py::arg("view_in_dtype"),
              py::arg("view_in"), py::arg("router_in_dtype"), py::arg("router_in"), py::arg("small"),
              py::arg("outputs"));
-    m.def("experts", [](const Where& where, const Experts& call) {
-        run(where, call, ON_CPU(experts), ON_CUDA(experts));
+    m.def("experts", [](const Where& where, const GivenExperts& given) {
+        with_small(where, given, [&](const Experts& call) { run(where, call, ON_CPU(experts), ON_CUDA(experts)); });
     });
-    m.def("experts_backward", [](const Where& where, const Experts& forward, const std::array<Address, 3>& grads,
+    m.def("experts_backward", [](const Where& where, const GivenExperts& given, const std::array<Address, 3>& grads,
                                  const std::array<Address, 4>& views, Address view_in, Address router_in,
                                  const std::array<Address, 6>& small) {
-        const ExpertsBackward call{forward, at(grads[0]), at(grads[1]), at(grads[2]),
-                                   {at(views[0]), at(views[1]), at(views[2]), at(views[3])}, at(view_in), at(router_in),
-                                   at(small[0]), at(small[1]), at(small[2]), at(small[3]), at(small[4]), at(small[5])};
-        run(where, call, ON_CPU(experts_backward), ON_CUDA(experts_backward));
+        with_small(where, given, [&](const Experts& forward) {
+            const ExpertsBackward call{forward, at(grads[0]), at(grads[1]), at(grads[2]),
+                                       {at(views[0]), at(views[1]), at(views[2]), at(views[3])}, at(view_in), at(router_in),
+                                       at(small[0]), at(small[1]), at(small[2]), at(small[3]), at(small[4]), at(small[5])};
+            run(where, call, ON_CPU(experts_backward), ON_CUDA(experts_backward));
+        });
     });
 }
 
 void define_loss(py::module_& m) {
     m.def("loss", [](const Where& where, bool fp64, int64_t pairs, int64_t sequences, double gamma, double temperature,
-                     double entropy_floor, double entropy_weight, Address chosen, Address rejected, Address pair_weight,
-                     Address view_weights, Address out, Address grad_chosen, Address grad_pair_weight,
-                     Address grad_view_weights) {
-        const Loss call{fp64, 1, pairs, sequences, gamma, temperature, entropy_floor, entropy_weight, at(chosen),
-                        at(rejected), at(pair_weight), at(view_weights), at(out), at(grad_chosen),
-                        at(grad_pair_weight), at(grad_view_weights)};
+                     double entropy_floor, double entropy_weight, const Given& chosen, const Given& rejected,
+                     const Given& pair_weight, const Given& view_weights, Address out, Address grad_chosen,
+                     Address grad_pair_weight, Address grad_view_weights) {
+        const Small rewards(where, chosen), others(where, rejected), of_pairs(where, pair_weight), of_views(where, view_weights);
+        const Loss call{fp64, 1, pairs, sequences, gamma, temperature, entropy_floor, entropy_weight, rewards, others,
+                        of_pairs, of_views, at(out), at(grad_chosen), at(grad_pair_weight), at(grad_view_weights)};
         run(where, call, ON_CPU(loss), ON_CUDA(loss));
     });
 }

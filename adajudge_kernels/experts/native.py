@@ -1,6 +1,7 @@
 """The gated expert combination on the compiled kernels: outputs made here, everything else in `csrc/`.
 
-The two large weights are read in their own dtypes; views and small weights come in the precision of the arithmetic.
+The two large weights are read in their own dtypes; views come in the precision of the arithmetic, small weights as
+`compiled.small` says.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adajudge_kernels import compiled
-from adajudge_kernels.compiled import address, as_arithmetic, contiguous, dtype_code
+from adajudge_kernels.compiled import address, as_arithmetic, contiguous, dtype_code, small, stored
 from adajudge_kernels.registration import arithmetic_dtype
 
 _LARGE = (0, 4)  # of the eight weights: view_in_weight, router_in_weight
@@ -43,7 +44,10 @@ def gated_expert_combination_backward(
     acc, given = arithmetic_dtype(last.dtype), [last, mean, attention, prompt, *weights]
     views, weights = _read(given[:4], weights, acc)
     grads = [as_arithmetic(x, acc) for x in (grad_reward, grad_scores, grad_pi)]
-    dviews, dweights = ([torch.empty_like(x) for x in xs] for xs in (views, weights))
+    dviews = [torch.empty_like(x) for x in views]
+    dweights = [
+        torch.empty_like(x) if i in _LARGE else x.new_empty(x.shape, dtype=acc) for i, x in enumerate(weights)
+    ]
     compiled.run(
         "experts_backward",
         views[0],
@@ -51,7 +55,7 @@ def gated_expert_combination_backward(
         [address(x) for x in grads],
         [address(x) for x in dviews],
         *(address(dweights[i]) for i in _LARGE),
-        _small(dweights),
+        [address(x) for x in _small(dweights)],
     )
     return [grad.to(x.dtype) for grad, x in zip([*dviews, *dweights], given, strict=True)]
 
@@ -59,7 +63,7 @@ def gated_expert_combination_backward(
 def _read(views: list[Tensor], weights: list[Tensor], acc: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     """Views and weights as the kernels read them."""
     return [as_arithmetic(x, acc) for x in views], [
-        contiguous(x) if i in _LARGE else as_arithmetic(x, acc) for i, x in enumerate(weights)
+        contiguous(x) if i in _LARGE else small(x, acc) for i, x in enumerate(weights)
     ]
 
 
@@ -76,11 +80,11 @@ def _call(views: list[Tensor], weights: list[Tensor], outputs: list[Tensor] | No
         address(view_in),
         dtype_code(router_in.dtype),
         address(router_in),
-        _small(weights),
+        [stored(x) for x in _small(weights)],
         [0, 0, 0] if outputs is None else [address(x) for x in outputs],
     )
 
 
-def _small(weights: list[Tensor]) -> list[int]:
-    """Addresses of all but the two large weights."""
-    return [address(x) for i, x in enumerate(weights) if i not in _LARGE]
+def _small(weights: list[Tensor]) -> list[Tensor]:
+    """All but the two large weights."""
+    return [x for i, x in enumerate(weights) if i not in _LARGE]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from adajudge_kernels import compiled
-from adajudge_kernels.compiled import address, as_arithmetic
+from adajudge_kernels.compiled import address, small, stored
 from adajudge_kernels.registration import arithmetic_dtype
 
 
@@ -30,10 +30,8 @@ def focal_bradley_terry_loss_forward(
         chosen.new_empty(x.shape if want and x is not None else 0, dtype=acc)
         for x, want in zip(given, wanted, strict=True)
     )
-    chosen, rejected = as_arithmetic(chosen, acc), as_arithmetic(rejected, acc)
-    pair_weight, view_weights = (
-        None if x is None else as_arithmetic(x, acc) for x in (pair_weight, view_weights)
-    )
+    chosen, rejected = small(chosen, acc), small(rejected, acc)
+    pair_weight, view_weights = (None if x is None else small(x, acc) for x in (pair_weight, view_weights))
     compiled.run(
         "loss",
         loss,
@@ -44,10 +42,10 @@ def focal_bradley_terry_loss_forward(
         temperature,
         entropy_floor,
         entropy_weight,
-        address(chosen),
-        address(rejected),
-        address(pair_weight),
-        address(view_weights),
+        stored(chosen),
+        stored(rejected),
+        stored(pair_weight),
+        stored(view_weights),
         address(loss),
         *(
             address(x) if want else 0

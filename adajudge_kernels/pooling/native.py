@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adajudge_kernels import compiled
-from adajudge_kernels.compiled import address, as_arithmetic, contiguous, dtype_code, layout_of
+from adajudge_kernels.compiled import address, contiguous, dtype_code, layout_of, small, stored
 from adajudge_kernels.registration import arithmetic_dtype
 from adajudge_kernels.tables import LayoutTables
 
@@ -20,7 +20,7 @@ def depth_gate_forward(
     acc, batch, (depths, d) = arithmetic_dtype(hidden.dtype), tables.sequences.shape[0], weight.shape
     alpha = hidden.new_empty(batch, depths, dtype=acc)
     prompt_mean, context = (hidden.new_empty(batch, d, dtype=acc) for _ in range(2))
-    weight, bias = as_arithmetic(weight, acc), as_arithmetic(bias, acc)
+    weight, bias = small(weight, acc), small(bias, acc)
     _means(hidden, tables, prompt=prompt_mean, everything=context)
     compiled.run(
         "depth_weights",
@@ -30,8 +30,8 @@ def depth_gate_forward(
         d,
         depths,
         address(context),
-        address(weight),
-        address(bias),
+        stored(weight),
+        stored(bias),
         address(alpha),
     )
     return alpha, prompt_mean, context
@@ -121,8 +121,8 @@ def _views(
     states = [contiguous(x) for x in states]
     first = states[0]
     acc, batch, d = arithmetic_dtype(first.dtype), tables.sequences.shape[0], first.shape[1]
-    alpha = None if depth_weights is None else as_arithmetic(depth_weights, acc)
-    weight, bias = as_arithmetic(weight, acc), as_arithmetic(bias, acc)
+    alpha = None if depth_weights is None else small(depth_weights, acc)
+    weight, bias = small(weight, acc), small(bias, acc)
     attention, log_sum_exp = first.new_empty(batch, d, dtype=acc), first.new_empty(batch, dtype=acc)
     compiled.run(
         "views",
@@ -132,9 +132,9 @@ def _views(
         d,
         response_only,
         [x.data_ptr() for x in states],
-        address(alpha),
-        address(weight),
-        address(bias),
+        stored(alpha),
+        stored(weight),
+        stored(bias),
         address(last),
         address(mean),
         address(attention),
@@ -182,15 +182,11 @@ def _views_backward(
     """
     states, acc = [contiguous(x) for x in states], attention.dtype
     depth_weights, dalpha, grad_last, grad_mean = others or (None,) * 4
-    alpha = None if depth_weights is None else as_arithmetic(depth_weights, acc)
-    weight, bias, grad_attention = (
-        as_arithmetic(weight, acc),
-        as_arithmetic(bias, acc),
-        contiguous(grad_attention),
-    )
+    alpha = None if depth_weights is None else small(depth_weights, acc)
+    weight, bias, grad_attention = small(weight, acc), small(bias, acc), contiguous(grad_attention)
     # They were saved, and a hook may have moved them.
     attention, log_sum_exp = contiguous(attention), contiguous(log_sum_exp)
-    dstates, dweight = [torch.empty_like(x) for x in states], torch.empty_like(weight)
+    dstates, dweight = [torch.empty_like(x) for x in states], attention.new_empty(weight.shape)
     compiled.run(
         "views_backward",
         states[0],
@@ -202,9 +198,9 @@ def _views_backward(
         address(grad_mean),
         address(grad_attention),
         [x.data_ptr() for x in states],
-        address(alpha),
-        address(weight),
-        address(bias),
+        stored(alpha),
+        stored(weight),
+        stored(bias),
         address(attention),
         address(log_sum_exp),
         [x.data_ptr() for x in dstates],

@@ -96,7 +96,7 @@ def _depth_gate(
     max_length: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _kernels(backend).depth_gate_forward(hidden, weight, bias, LayoutTables(*tables), max_length)
+    return _kernels(backend).depth_gate_forward(hidden, weight, bias, LayoutTables.of(tables), max_length)
 
 
 def _depth_gate_backward_fake(
@@ -132,7 +132,7 @@ def _depth_gate_backward(
     dlogits = alpha * (grad_alpha - (grad_alpha * alpha).sum(dim=1, keepdim=True))
     dcontext = dlogits @ weight.to(dlogits.dtype)
     dhidden = _kernels(backend).spread_means(
-        LayoutTables(*tables), max_length, hidden_dtype, prompt=grad_prompt, everything=dcontext
+        LayoutTables.of(tables), max_length, hidden_dtype, prompt=grad_prompt, everything=dcontext
     )
     return dhidden, (dlogits.mT @ context).to(weight.dtype), dlogits.sum(dim=0).to(bias.dtype)
 
@@ -236,7 +236,7 @@ def _multi_view_pool(
         depth_weights,
         attention_weight,
         attention_bias,
-        LayoutTables(*tables),
+        LayoutTables.of(tables),
         max_length,
         response_only,
     )
@@ -275,7 +275,7 @@ def _multi_view_pool_backward(
         attention_bias,
         attention,
         log_sum_exp,
-        LayoutTables(*tables),
+        LayoutTables.of(tables),
         max_length,
         response_only,
     )
@@ -341,7 +341,7 @@ def _masked_mean_pool_fake(hidden: Tensor, tables: list[Tensor], *_: Any) -> Ten
 def _masked_mean_pool(
     hidden: Tensor, tables: list[Tensor], max_length: int, tokens: str, backend: str
 ) -> Tensor:
-    return _kernels(backend).masked_mean_pool_forward(hidden, LayoutTables(*tables), max_length, tokens)
+    return _kernels(backend).masked_mean_pool_forward(hidden, LayoutTables.of(tables), max_length, tokens)
 
 
 def _masked_mean_pool_backward_fake(
@@ -365,7 +365,7 @@ def _masked_mean_pool_backward(
     backend: str,
 ) -> Tensor:
     mean = {"everything" if tokens == "all" else tokens: grad}
-    return _kernels(backend).spread_means(LayoutTables(*tables), max_length, hidden_dtype, **mean)
+    return _kernels(backend).spread_means(LayoutTables.of(tables), max_length, hidden_dtype, **mean)
 
 
 def _masked_mean_pool_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -429,7 +429,7 @@ def _attention_pool(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     return _kernels(backend).attention_pool_forward(
-        hidden, weight, bias, LayoutTables(*tables), max_length, response_only
+        hidden, weight, bias, LayoutTables.of(tables), max_length, response_only
     )
 
 
@@ -453,7 +453,7 @@ def _attention_pool_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dhidden, dweight, dbias = _kernels(backend).attention_pool_backward(
-        grad, hidden, weight, bias, pooled, log_sum_exp, LayoutTables(*tables), max_length, response_only
+        grad, hidden, weight, bias, pooled, log_sum_exp, LayoutTables.of(tables), max_length, response_only
     )
     return dhidden, dweight.to(weight.dtype), dbias.to(bias.dtype)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from adajudge_kernels import compiled
-from adajudge_kernels.compiled import address, as_arithmetic, dtype_code
+from adajudge_kernels.compiled import address, dtype_code, small, stored
 from adajudge_kernels.refinement.reference import sequence_attention_backward
 from adajudge_kernels.registration import arithmetic_dtype
 from adajudge_kernels.tables import AttentionTables
@@ -26,7 +26,7 @@ def residual_rms_norm_forward(
     x: Tensor, update: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """``u`` (x itself if there is no update) and ``RMSNorm(u)``."""
-    x, weight = x.contiguous(), as_arithmetic(weight, arithmetic_dtype(x.dtype))
+    x, weight = x.contiguous(), small(weight, arithmetic_dtype(x.dtype))
     update = None if update is None else update.contiguous()
     total, normed = x if update is None else torch.empty_like(x), torch.empty_like(x)
     compiled.run(
@@ -37,7 +37,7 @@ def residual_rms_norm_forward(
         eps,
         address(x),
         address(update),
-        address(weight),
+        stored(weight),
         address(None if update is None else total),
         address(normed),
     )
@@ -50,8 +50,9 @@ def residual_rms_norm_backward(
     """Gradients of x (and of the update: the same) and of the weight."""
     grad_normed, total = grad_normed.contiguous(), total.contiguous()
     grad_total = None if grad_total is None else grad_total.contiguous()
-    weight = as_arithmetic(weight, arithmetic_dtype(total.dtype))
-    grad, grad_weight = torch.empty_like(total), torch.empty_like(weight)
+    acc = arithmetic_dtype(total.dtype)
+    weight = small(weight, acc)
+    grad, grad_weight = torch.empty_like(total), weight.new_empty(weight.shape, dtype=acc)
     compiled.run(
         "rms_norm_backward",
         total,
@@ -61,7 +62,7 @@ def residual_rms_norm_backward(
         address(grad_total),
         address(grad_normed),
         address(total),
-        address(weight),
+        stored(weight),
         address(grad),
         address(grad_weight),
     )

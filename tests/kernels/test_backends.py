@@ -126,9 +126,9 @@ def test_a_backend_may_be_forced_for_some_families_only():
 def test_cuda_tensors_go_to_triton_if_nothing_was_measured_and_it_is_there(monkeypatch, triton, cuda, chosen):
     monkeypatch.setattr(backends, "_TRITON_FOUND", triton)
     monkeypatch.setattr(backends, "unavailable_reason", lambda *_: None if cuda else "there is none")
-    backends.fastest_on_gpu.cache_clear()
+    backends.fastest.cache_clear()
     assert backends.choose_backend(torch.device("cuda"), "pooling").backend == chosen
-    backends.fastest_on_gpu.cache_clear()
+    backends.fastest.cache_clear()
 
 
 def test_a_traced_function_takes_the_fastest_backend_as_a_constant(monkeypatch, tmp_path):
@@ -142,7 +142,7 @@ def test_a_traced_function_takes_the_fastest_backend_as_a_constant(monkeypatch, 
     def call(x):
         return x + len(backends.choose_backend(cuda, "pooling").backend)
 
-    backends.fastest_on_gpu.cache_clear()
+    backends.fastest.cache_clear()
     x = torch.zeros(2)
     assert torch.equal(torch.compile(call, fullgraph=True, backend="eager")(x), call(x))
 

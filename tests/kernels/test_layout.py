@@ -1,5 +1,8 @@
 """SequenceLayout: where tokens are, in its three forms, and what it refuses."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -158,3 +161,15 @@ def test_a_layout_made_for_inference_serves_training():
         hidden = torch.randn(layout.num_tokens, 4, requires_grad=True)
         ak.AdaJudgeHead(4)(hidden, layout).reward.sum().backward()
         assert hidden.grad.isfinite().all()
+
+
+def test_tables_that_were_used_can_be_copied_pickled_and_moved_to_shared_memory():
+    layout = SequenceLayout.shared_prompts([3, 2], [[2, 70], [1]])
+    hidden = torch.randn(layout.num_tokens, 5)
+    expected = ak.masked_mean_pool(hidden, layout)
+    for other in (copy.copy(layout), copy.deepcopy(layout), pickle.loads(pickle.dumps(layout))):
+        assert torch.equal(ak.masked_mean_pool(hidden, other), expected)
+    for table in layout.tables:  # as a queue between processes does: their memory is another from then on
+        table.share_memory_()
+        torch.full_like(table, 100)  # where they lay before
+    assert torch.equal(ak.masked_mean_pool(hidden, layout), expected)

@@ -11,7 +11,7 @@ import torch
 
 import adajudge_kernels as ak
 from adajudge_kernels import backends, compiled
-from adajudge_kernels.refinement.ops import sequence_attention
+from adajudge_kernels.refinement.ops import residual_rms_norm, sequence_attention
 from tests.kernels.batches import LAYOUTS, LONG, RAGGED, Batch, place
 from tests.kernels.comparison import (
     assert_same_bits,
@@ -21,7 +21,7 @@ from tests.kernels.comparison import (
     run_operation,
     run_truth,
 )
-from tests.kernels.operations import POOLING, attend, over_tokens
+from tests.kernels.operations import POOLING, VIEW_NAMES, attend, over_tokens
 from tests.kernels.test_contract import compare, compare_rowwise, dtypes, rowwise, tokenwise
 
 pooling = pytest.mark.parametrize("operation", POOLING, ids=lambda op: op.name)
@@ -161,6 +161,57 @@ def test_gradients_past_the_caches_are_those_of_each_sequence_alone(dtype, level
             own = [x[rows] for x in states]
             alone = gradients(own, alpha[b : b + 1], ak.SequenceLayout.packed([0], [length]))
             assert all(torch.equal(x[rows], y) for x, y in zip(whole, alone, strict=True))
+
+
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+
+
+def bits_of(call, inputs, small, dtype):
+    """With the inputs that `small` names in `dtype`, and with the same numbers in fp32."""
+    for widened in (False, True):
+        rounded = {name: x.to(dtype) if small(name) else x.float() for name, x in inputs.items()}
+        leaves = {name: x.float() if widened else x for name, x in rounded.items()}
+        outputs, gradients = run_truth(call, {name: x.requires_grad_() for name, x in leaves.items()})
+        yield outputs, {name: grad for name, grad in gradients.items() if not small(name)}
+
+
+@pooling
+@HALVES
+def test_small_arguments_of_16_bits_have_the_bits_of_the_same_numbers_in_fp32(operation, dtype):
+    layout, source = RAGGED.lay_out("shared")
+    inputs = operation.draw(RAGGED, 77, 3)
+    placed = {name: place(x, source) if over_tokens(name) else x for name, x in inputs.items()}
+    assert_same_bits(
+        bits_of(lambda x: operation.call(x, layout), placed, lambda name: not over_tokens(name), dtype)
+    )
+
+
+@rowwise
+@HALVES
+def test_small_arguments_of_16_bits_have_the_bits_of_the_same_numbers_in_fp32_row_by_row(
+    name, draw, call, truth, dtype
+):
+    rows = {"x", "update", "gate_up", *VIEW_NAMES}
+    assert_same_bits(bits_of(call, draw(37), lambda argument: argument not in rows, dtype))
+
+
+@HALVES
+def test_every_number_of_16_bits_is_widened_as_it_is(dtype, levels):
+    numbers = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
+    ones = torch.ones(1, 1 << 14)
+    for weight in numbers.split(ones.numel()):
+        for _ in on_every_level(levels, lambda: None):
+            normed = residual_rms_norm(ones, None, weight, eps=1e-30)[1][0]
+            number = ~weight.isnan()
+            assert torch.equal(normed[number].view(torch.int32), weight.float()[number].view(torch.int32))
+            assert normed[~number].isnan().all()
+
+
+def test_the_module_refuses_numbers_that_it_cannot_widen():
+    weight, module = torch.ones(1, dtype=torch.bfloat16), compiled.module
+    stream = module.Stream(0, lambda size: 0)
+    with pytest.raises(ValueError, match="a small argument of 16 bits, on a CUDA device"):
+        module.depth_weights(stream, module.Dtype.float32, 1, 1, 1, 0, compiled.stored(weight), None, 0)
 
 
 def test_a_view_with_the_negative_bit_is_read_with_its_sign():

@@ -143,9 +143,9 @@ def backends_file(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "measured_file", lambda kind: path)
     for module in (backends, tune):
         monkeypatch.setattr(module, "unavailable_reason", lambda backend, family=None: None)
-    backends.fastest_on_gpu.cache_clear()
+    backends.fastest.cache_clear()
     yield path
-    backends.fastest_on_gpu.cache_clear()
+    backends.fastest.cache_clear()
 
 
 def chosen_on_gpu(family):
