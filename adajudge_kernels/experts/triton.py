@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from adajudge_kernels.experts import triton_kernels as kernels
-from adajudge_kernels.launches import ON_AMD, TRITON_DTYPES, aligned, device_of, parts, power_of_2
+from adajudge_kernels.launches import FUSED, ON_AMD, TRITON_DTYPES, aligned, device_of, parts, power_of_2
 from adajudge_kernels.registration import arithmetic_dtype
 
 # How the work is cut: powers of two, the same for all architectures, and nothing that depends on the number of rows, as a
@@ -24,16 +24,16 @@ from adajudge_kernels.registration import arithmetic_dtype
 # registers hold beside a row's features, all of them on their way at once. A tile of weights serves _ROWS rows, so that
 # up to this batch each weight is read once. A piece of _WIDTH features is 16 or 32 lanes that load 16 bytes each.
 _SEGMENT, _UNITS, _ROWS, _WIDTH = 1024, 16, 16, 128
-_HIDDEN = {"num_warps": 4}
+_HIDDEN = {"num_warps": 4, **FUSED}
 # A combining program's step: units of the three view MLPs, 8 numbers a thread. Left alone, the compiler may spill to
 # use fewer registers than it has.
 _COMBINED_UNITS = 256
-_COMBINED = {"num_warps": 4} | ({} if ON_AMD else {"maxnreg": 192})
+_COMBINED = {"num_warps": 4, **FUSED} | ({} if ON_AMD else {"maxnreg": 192})
 # The backward's products, 16 rows at a time as tl.dot has no less. The views' gradients have the fewest programs, 4 a
 # block of features at small batches: narrow blocks, many warps, three steps of weights on their way.
-_VIEW_PRODUCT = {"ROWS": 16, "UNITS": 32, "WIDTH": 64, "num_warps": 8, "num_stages": 4}
-_WEIGHT_PRODUCT = {"ROWS": 16, "UNITS": 64, "WIDTH": 64, "num_warps": 4}
-_VECTORS = {"ROWS": 16, "UNITS": 64, "num_warps": 4}
+_VIEW_PRODUCT = {"ROWS": 16, "UNITS": 32, "WIDTH": 64, "num_warps": 8, "num_stages": 4, **FUSED}
+_WEIGHT_PRODUCT = {"ROWS": 16, "UNITS": 64, "WIDTH": 64, "num_warps": 4, **FUSED}
+_VECTORS = {"ROWS": 16, "UNITS": 64, "num_warps": 4, **FUSED}
 
 
 def gated_expert_combination_forward(

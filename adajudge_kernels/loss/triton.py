@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adajudge_kernels.launches import TRITON_DTYPES, aligned, device_of
+from adajudge_kernels.launches import FUSED, TRITON_DTYPES, aligned, device_of
 from adajudge_kernels.loss import triton_kernels as kernels
 from adajudge_kernels.registration import arithmetic_dtype
 
-_STEP = {"BLOCK": 1024, "num_warps": 8}  # pairs at once: the usual batch is one step
+_STEP = {"BLOCK": 1024, "num_warps": 8, **FUSED}  # pairs at once: the usual batch is one step
 
 
 def focal_bradley_terry_loss_forward(

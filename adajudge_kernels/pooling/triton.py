@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from adajudge_kernels.launches import (
+    FUSED,
     ON_AMD,
     TRITON_DTYPES,
     aligned,
@@ -52,6 +53,7 @@ def depth_gate_forward(
                 BLOCK=max(16, min(1024, power_of_2(d))),
                 ACC=TRITON_DTYPES[acc],
                 num_warps=4,
+                **FUSED,
             )
     return alpha, prompt_mean, context
 
@@ -205,6 +207,7 @@ def _views_forward(
             BLOCK=block,
             ACC=TRITON_DTYPES[acc],
             num_warps=4,
+            **FUSED,
         )
     return last, mean, attention, log_sum_exp
 
@@ -307,6 +310,7 @@ def _views_backward(
                 ROWS=COMBINED_CHUNKS,
                 ACC=TRITON_DTYPES[acc],
                 num_warps=1,
+                **FUSED,
             )
         return dstates, dalpha, sum_rows(dweight_parts)
 
@@ -410,6 +414,7 @@ def _combine_sums(
         BLOCK=block,
         ACC=TRITON_DTYPES[out.dtype],
         num_warps=4,
+        **FUSED,
     )
 
 
@@ -459,6 +464,7 @@ def _zero_padding(outputs: list[Tensor], tables: LayoutTables) -> None:
         TOKENS=CHUNK_TOKENS,
         BLOCK=min(64, narrow_block(d)),
         num_warps=4,
+        **FUSED,
     )
 
 
@@ -470,6 +476,7 @@ def _constants(plan: Tile, acc: torch.dtype) -> dict[str, object]:
         "ACC": TRITON_DTYPES[acc],
         "num_warps": plan.warps,
         "num_stages": plan.stages,
+        **FUSED,
     }
     if plan.registers is not None and not ON_AMD:
         constants["maxnreg"] = plan.registers

@@ -7,7 +7,16 @@ import os
 import torch
 from torch import Tensor
 
-from adajudge_kernels.launches import ON_AMD, TRITON_DTYPES, aligned, device_of, parts, power_of_2, sum_rows
+from adajudge_kernels.launches import (
+    FUSED,
+    ON_AMD,
+    TRITON_DTYPES,
+    aligned,
+    device_of,
+    parts,
+    power_of_2,
+    sum_rows,
+)
 from adajudge_kernels.refinement import attention_kernels as attention
 from adajudge_kernels.refinement import triton_kernels as kernels
 from adajudge_kernels.refinement.configurations import (
@@ -49,6 +58,7 @@ def residual_rms_norm_forward(
                 BLOCK=step.block,
                 ACC=TRITON_DTYPES[arithmetic_dtype(x.dtype)],
                 num_warps=step.warps,
+                **FUSED,
             )
     return total, normed
 
@@ -104,6 +114,7 @@ def swiglu_forward(gate_up: Tensor) -> Tensor:
                 BLOCK=block,
                 ACC=TRITON_DTYPES[arithmetic_dtype(out.dtype)],
                 num_warps=warps,
+                **FUSED,
             )
     return out
 
@@ -124,6 +135,7 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
                 BLOCK=block,
                 ACC=TRITON_DTYPES[arithmetic_dtype(out.dtype)],
                 num_warps=warps,
+                **FUSED,
             )
     return out
 
@@ -252,6 +264,7 @@ def _constants(
         "ACC": acc,
         "num_warps": step.warps,
         "num_stages": step.stages,
+        **FUSED,
     }
     if step.registers is not None and not ON_AMD:
         constants["maxnreg"] = step.registers

@@ -61,6 +61,7 @@ def compile_within_limits(launch, arch):
     where = f"{launch.name} sm_{arch} {dict(launch.constants)} {launch.signature}"
     assert compiled.stack == 0, f"{where}: {compiled.stack} bytes spilled, {compiled.registers} registers"
     assert compiled.shared <= SHARED_MEMORY[arch], where
+    assert "enable_fp_fusion" in dict(launch.options), f"{where}: left to triton's default, which changes"
     note_compilation(f"sm_{arch}", where, compiled.registers)
     return compiled
 
