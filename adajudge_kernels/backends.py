@@ -12,7 +12,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 from typing import NamedTuple
 
@@ -102,8 +102,7 @@ def available_backends() -> list[str]:
     return [backend for backend in BACKENDS if unavailable_reason(backend) is None]
 
 
-@contextmanager
-def use_backend(backend: str, families: Collection[str] = FAMILIES) -> Iterator[None]:
+def use_backend(backend: str, families: Collection[str] = FAMILIES) -> AbstractContextManager[None]:
     """Force `backend` for the operations of `families` in the block, in all threads of the process.
 
     Blocks must nest, those of several threads too. It takes precedence over the environment variable
@@ -114,17 +113,22 @@ def use_backend(backend: str, families: Collection[str] = FAMILIES) -> Iterator[
         families: which operations: ``"pooling"``, ``"refinement"``, ``"experts"``, ``"loss"``; default all.
 
     Raises:
-        ValueError: on entry, if `backend` is unknown or cannot be used here; the message says why.
+        ValueError: `backend` is unknown or cannot be used here; the message says why.
     """
-    global _forced
     reason = unavailable_reason(backend)
     if reason is not None:
         raise ValueError(f"backend {backend!r} cannot be used: {reason}")
     unknown = set(families) - set(FAMILIES)
     if unknown or isinstance(families, str):
         raise ValueError(f"families: {families!r} came, expected some of {', '.join(FAMILIES)}")
+    return _forcing(dict.fromkeys(families, backend))
+
+
+@contextmanager
+def _forcing(backend_of: dict[str, str]) -> Iterator[None]:
+    global _forced
     before = _forced
-    _forced = before | dict.fromkeys(families, backend)
+    _forced = before | backend_of
     try:
         yield
     finally:

@@ -196,6 +196,55 @@ def test_a_template_that_renders_an_answered_prompt_differently_is_an_error():
         encoder.encode([*user("Hi"), Message("system", "x")], "Hello")
 
 
+R1 = CHATML.replace(
+    "m.content", "(m.content.split('</think>')[-1] if m.role == 'assistant' else m.content)", 1
+)
+TOOL_TURN = [*user("2+2?"), Message("assistant", "I ask."), Message("tool", "4")]
+
+
+def test_a_turn_that_the_template_leaves_out_is_an_error_of_the_row():
+    encoder = ConversationEncoder(family_tokenizer("phi3.5"))
+    with pytest.raises(EncodingError, match=r"leaves out messages\[2\] \(tool\)") as raised:
+        encoder.encode([*TOOL_TURN, *user("So?")], "Four, 4.")
+    assert raised.value.field == "prompt"
+    as_json = CHATML.replace("m.content", "(m.content if m.role != 'tool' else m.content | tojson)", 1)
+    tokenizer = family_tokenizer("qwen3")
+    for template in (CHATML, as_json):
+        ConversationEncoder(tokenizer, chat_template=template).encode(
+            [*TOOL_TURN[:2], Message("tool", 'a\n"4"')], "Four."
+        )
+
+
+def test_reasoning_that_the_template_leaves_out_of_a_response_is_an_error_of_the_row():
+    encoder = ConversationEncoder(family_tokenizer("qwen3"), chat_template=R1)
+    with pytest.raises(EncodingError, match="leaves out a part of the response") as raised:
+        encoder.encode(user("2+2?"), "<think>wrong</think>It is four.")
+    assert raised.value.field == "response"
+    earlier = [*user("2+2?"), Message("assistant", "<think>well</think>Four."), *user("Sure?")]
+    assert encoder.encode(earlier, "Yes.").response_length  # whose reasoning no model sees again either
+
+
+def test_a_template_that_prints_the_date_prints_one_date_for_ever():
+    tokenizer = family_tokenizer("qwen3")
+    template = "{% if strftime_now is defined %}{{ '<|im_start|>' + strftime_now('%d %b %Y') + '<|im_end|>' }}{% endif %}"
+    with pytest.raises(ChatTemplateError, match="asks for today's date"):
+        ConversationEncoder(tokenizer, chat_template="{% set f = '%d' %}{{ strftime_now(f) }}" + CHATML)
+    template += CHATML
+    row = ConversationEncoder(tokenizer, chat_template=template).encode(user("Hi"), "Hello")
+    assert tokenizer.decode(row.prompt_ids).startswith("<|im_start|>26 Jul 2024<|im_end|>")
+
+
+def test_unknown_words_at_the_end_are_no_padding_although_they_have_its_id():
+    tokenizer = word_tokenizer(WORDS)
+    tokenizer.pad_token = tokenizer.unk_token
+    encoder = ConversationEncoder(tokenizer)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "the"}], tokenize=False, add_generation_prompt=True
+    )
+    row = encoder.encode_rendered(prompt + "is blue zzz yyy")
+    assert row.unknown_tokens == 2
+
+
 def test_a_template_without_a_place_for_the_answer_is_refused():
     template = (
         "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}Bot:{% endif %}"

@@ -302,3 +302,12 @@ def test_an_error_carries_the_explicit_id():
 def test_a_row_makes_errors_about_itself():
     row = parsed({"id": "x", "prompt": "q", "response": "a"})
     assert row.error("response", "too long") == RowError(1, "x", "response", "too long")
+
+
+@pytest.mark.parametrize("name", ["tools", "images", "documents", "chat_template_kwargs"])
+def test_a_column_that_would_change_the_conversation_is_refused(name):
+    row = {"prompt": "a", "response": "b"}
+    error = parse_row(row | {name: [{"x": 1}]}, 7)
+    assert isinstance(error, RowError)
+    assert (error.field, error.reason) == (name, "no judge would see it; expected no such column")
+    assert not isinstance(parse_row(row | {name: []}, 7), RowError)

@@ -93,6 +93,14 @@ def test_scores_are_the_models_own(judge, tokenizer):
     )
 
 
+def test_a_tokenizer_that_the_judge_was_not_trained_with_is_refused(judge, tokenizer, monkeypatch):
+    boundary = Scorer(judge, tokenizer).encoder.boundary.to_dict()
+    monkeypatch.setattr(judge.config, "turn_boundary", boundary)
+    Scorer(judge, tokenizer)
+    with pytest.raises(ValueError, match="is not the one that the judge was trained with"):
+        Scorer(judge, family_tokenizer("phi3.5"))
+
+
 def test_errors_pass_through_in_place(judge, tokenizer):
     bad = RowError(2, "x", "response", "missing")
     results = list(Scorer(judge, tokenizer).score([row(1, "the cat"), bad, row(3, "a mat")]))

@@ -161,6 +161,62 @@ def test_resuming_goes_on_from_the_latest_checkpoint(options, tmp_path):
     assert steps == [1, 2, 3]
 
 
+def test_nothing_left_to_train_is_said(options, capsys):
+    assert train(options | {"save_steps": 1}) == 0
+    assert train(options | {"resume_from_checkpoint": "true"}) == 0
+    assert "nothing was left to train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"learning_rate": 0.5}, "learning_rate was 1e-05, is 0.5"),
+        ({"gradient_accumulation_steps": 2}, "pairs_per_step was 8, is 16"),
+        ({"attention_tokens": "response"}, "attention_tokens was 'all', is 'response'"),
+        ({"seed": 7}, "seed was 42, is 7"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_run_does_not_go_on_as_another_one(options, capsys, changed, named):
+    assert train(options | {"save_steps": 1}) == 0
+    assert train(options | {"resume_from_checkpoint": "true", "max_steps": 3} | changed) == 2
+    assert f"is of a run that was asked for differently: {named}" in capsys.readouterr().err
+
+
+def test_a_run_does_not_go_on_with_other_pairs(options, capsys, tmp_path):
+    assert train(options | {"save_steps": 1}) == 0
+    other = {"train_data": write_rows(tmp_path / "other.jsonl", toy_rows(12)[::-1])}
+    assert train(options | other | {"resume_from_checkpoint": "true", "max_steps": 3}) == 2
+    assert "train_data was" in capsys.readouterr().err
+
+
+def test_an_adapter_does_not_go_on_upon_other_weights(options, capsys, tmp_path):
+    lora = {"use_peft": "true", "lora_r": 2}
+    assert train(options | lora | {"save_steps": 1}) == 0
+    (tmp_path / "other").mkdir()
+    changed = {"model_name_or_path": save_backbone(tmp_path / "other", seed=5), "lora_r": 4, "max_steps": 3}
+    assert train(options | lora | changed | {"resume_from_checkpoint": "true"}) == 2
+    said = capsys.readouterr().err
+    assert "base_weights was" in said
+    assert "lora_r was 2, is 4" in said
+
+
+def test_an_interrupted_run_says_how_to_go_on(options, capsys, monkeypatch):
+    from adajudge.training import TrainingRecord
+
+    def interrupt(*args, **kwargs):
+        if args[1].should_save and args[2].global_step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainingRecord, "on_step_begin", interrupt, raising=False)
+    monkeypatch.setattr(TrainingRecord, "on_step_end", interrupt, raising=False)
+    assert train(options | {"save_steps": 1, "max_steps": 4}) == 130
+    assert (
+        "interrupted at step 2; checkpoint-1 is kept: --resume_from_checkpoint goes on"
+        in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
@@ -170,6 +226,7 @@ def test_resuming_goes_on_from_the_latest_checkpoint(options, tmp_path):
         ({"num_blocks": 1, "use_peft": "true", "lora_target_modules": "query"}, "lora_target_modules: query"),
         ({"use_peft": "true", "freeze_backbone": "true"}, "freeze_backbone and use_peft"),
         ({"warmup_steps": 1, "warmup_ratio": 0.1}, "warmup_steps and warmup_ratio"),
+        ({"warmup_ratio": 1}, "warmup_ratio: 1 came, expected less"),
         ({"merge_lora": "true"}, "merge_lora came without use_peft"),
         ({"lora_r": 8}, "lora_r came without use_peft"),
         ({"lora_dropout": 0}, "lora_dropout came without use_peft"),
@@ -199,6 +256,7 @@ def test_what_cannot_be_used_is_named(options, capsys, changed, named):
         ({"learning_rate": "fast"}, "'fast' came"),
         ({"seed": 2**32}, "at most 4.29497e+09; 4294967296 came"),
         ({"bf16": "perhaps"}, "true or false; 'perhaps' came"),
+        ({"max_steps": 0}, "--max_steps/--max-steps: a number of at least 1, or -1; 0 came"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

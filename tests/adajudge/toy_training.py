@@ -51,11 +51,11 @@ def write_rows(path, rows):
     return str(path)
 
 
-def save_backbone(folder):
-    """A random Qwen3 backbone, always the same, with its tokenizer."""
+def save_backbone(folder, seed=0):
+    """A random Qwen3 backbone, the same for a seed, with its tokenizer."""
     logging.disable_progress_bar()
     tokenizer = family_tokenizer("qwen3")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     Qwen3Model(Qwen3Config(vocab_size=len(tokenizer), **_SIZES)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

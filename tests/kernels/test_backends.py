@@ -195,3 +195,8 @@ assert not any(name.startswith("triton.") for name in sys.modules)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_an_unknown_backend_is_refused_where_it_is_named_and_not_only_in_a_block():
+    with pytest.raises(ValueError, match="unknown backend 'foo'"):
+        ak.use_backend("foo")

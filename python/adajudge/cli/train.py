@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training, as in transformers' TrainingArguments")
     _add(group, "learning_rate", "default 1e-5; 1e-4 with use_peft or freeze_backbone", above_zero)
     _add(group, "num_train_epochs", "default 3", above_zero)
-    _add(group, "max_steps", "instead of epochs; default -1: epochs count", _number(int, -1))
+    _add(group, "max_steps", "instead of epochs; default -1: epochs count", _step_limit)
     _add(group, "per_device_train_batch_size", "pairs; default 8", whole)
     _add(group, "per_device_eval_batch_size", "pairs; default 8", whole)
     _add(group, "gradient_accumulation_steps", "default 1", whole)
@@ -107,13 +107,27 @@ def run(args: argparse.Namespace) -> int:
     try:
         checkpoint = _checkpoint(args)
         trainer = _prepare(args)
+        began = _begin(args, trainer, checkpoint)
     except _UsageError as error:
         print(f"adajudge train: {error}", file=sys.stderr)
         return 2
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.state.global_step == began and trainer.is_world_process_zero():
+            print(
+                f"adajudge train: nothing was left to train: {checkpoint} is at step {began}", file=sys.stderr
+            )
         _evaluate_at_end(trainer)
         _save(args, trainer)
+    except KeyboardInterrupt:
+        kept = sorted(Path(args.output_dir).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+        hint = (
+            f"{kept[-1].name} is kept: --resume_from_checkpoint goes on"
+            if kept
+            else "no checkpoint was saved"
+        )
+        print(f"adajudge train: interrupted at step {trainer.state.global_step}; {hint}", file=sys.stderr)
+        return 130
     except (FloatingPointError, torch.OutOfMemoryError, OSError, ValueError, ImportError) as error:
         step = trainer.state.global_step
         print(f"adajudge train: failed at step {step}: {error}", file=sys.stderr)
@@ -233,6 +247,8 @@ def _training_arguments(args: argparse.Namespace) -> AdaJudgeTrainingArguments:
     known = {field.name for field in dataclasses.fields(AdaJudgeTrainingArguments)}
     given = {key: value for key, value in vars(args).items() if key in known and value is not None}
     given.pop("resume_from_checkpoint", None)
+    if args.warmup_ratio == 1:  # which transformers takes for one step
+        raise _UsageError("warmup_ratio: 1 came, expected less: all steps would be warm-up")
     if args.warmup_ratio:
         given["warmup_steps"] = args.warmup_ratio
     if args.eval_data is not None:
@@ -372,6 +388,21 @@ def _checkpoint(args: argparse.Namespace) -> str | None:
     return str(asked)
 
 
+def _begin(args: argparse.Namespace, trainer: AdaJudgeTrainer, checkpoint: str | None) -> int:
+    """The step that training begins at."""
+    from adajudge.training.resumption import begin_run
+
+    lora = {
+        name: value for name, value in vars(args).items() if name.startswith("lora_") and value is not None
+    }
+    try:
+        return begin_run(trainer, lora, checkpoint)
+    except (ValueError, KeyError, OSError) as error:
+        raise _UsageError(
+            f"resume_from_checkpoint: {error}" if checkpoint else f"output_dir: {error}"
+        ) from error
+
+
 def _evaluate_at_end(trainer: AdaJudgeTrainer) -> None:
     """Evaluate the final weights, unless the last step has just been."""
     if trainer.eval_dataset is None:
@@ -440,6 +471,13 @@ def _strategy(text: str) -> str:
 def _step_count(text: str) -> int | float:
     value = float(text)
     return int(value) if value == int(value) else value
+
+
+def _step_limit(text: str) -> int:
+    value: int = _number(int, -1)(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("a number of at least 1, or -1; 0 came")
+    return value
 
 
 def _number(

@@ -142,6 +142,10 @@ class ConversationEncoder:
         if not response.strip():
             raise EncodingError("response", "empty response")
         full = self._template.render([*messages, Message("assistant", response)])
+        missing = self._template.left_out(messages, response, full)
+        if missing is not None:
+            field = "prompt" if missing.startswith("messages") else "response"
+            raise EncodingError(field, f"the chat template leaves out {missing}; no judge would see it")
         prompt = self._prompt_text(messages, full)
         if not full.startswith(prompt):
             raise EncodingError(
@@ -210,7 +214,7 @@ class ConversationEncoder:
         return text if position < 0 else text[: position + len(end)]
 
     def _without_padding(self, ids: list[int]) -> list[int]:
-        if self._pad_id is None:
+        if self._pad_id is None or self._pad_id == self._unknown_id:  # an unknown word is no padding
             return ids
         real = [i for i, token_id in enumerate(ids) if token_id != self._pad_id]
         if not real:

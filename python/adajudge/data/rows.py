@@ -45,7 +45,16 @@ _UNREAD_PARTS = (
     "audio",
 )
 
-_SYSTEM_COLUMNS = ("system", "system_prompt")
+# Columns that other programs put into the conversation: read by none of the formats, so a score would miss them.
+_ONE_MORE_MESSAGE = "a column of its own is not read; expected the first message of the prompt"
+_NOT_SEEN = "no judge would see it; expected no such column"
+_NOT_READ = {
+    "system": _ONE_MORE_MESSAGE,
+    "system_prompt": _ONE_MORE_MESSAGE,
+    **dict.fromkeys(
+        ("tools", "documents", "chat_template_kwargs", "image", "images", "videos", "audio"), _NOT_SEEN
+    ),
+}
 
 _WORDS_OF_CHANCE = 4
 
@@ -147,11 +156,9 @@ def parse_row(record: object, line: int) -> Row | RowError:
             raise _MalformedError("row", f"expected an object, got {_describe(record)}")
         fields = {key: value for key, value in record.items() if value is not None}
         row_id = _parse_id(fields.pop("id", None), default=row_id)
-        for name in _SYSTEM_COLUMNS:
+        for name, reason in _NOT_READ.items():
             if fields.get(name):
-                raise _MalformedError(
-                    name, "a column of its own is not read; expected the first message of the prompt"
-                )
+                raise _MalformedError(name, reason)
         if "prompt" in record and "prompt" not in fields and ("chosen" in fields or "messages" in fields):
             raise _MalformedError("prompt", "null; expected a prompt, or no such field")
         return _FORMATS[_detect_format(fields)](row_id, line, fields)

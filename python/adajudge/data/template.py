@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +17,18 @@ if TYPE_CHECKING:
 
 Conversation = Sequence[Message | Mapping[str, str]]
 
+# What templates that print today's date print (Llama 3.2's own default): a score must not change overnight.
+_TODAY = datetime(2024, 7, 26)
+_CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
 # Contents that end in a letter, a digit and a sign: what stays the same behind them belongs to the template.
 _QUESTIONS = ("sentinel question", "sentinel question 7", "another sentinel question.")
 _ANSWERS = ("sentinel answer", "7 sentinel answers.", "Another sentinel")
+
+
+_MARK = "sentinelcontent"
+# Roles whose messages some templates put elsewhere (Mistral: the system's before the last question) or write as JSON.
+_WRITTEN_ANYWHERE = ("system", "tool")
 
 
 class EncodingError(ValueError):
@@ -67,6 +78,7 @@ class ChatTemplate:
                 f"the tokenizer {self.tokenizer.name_or_path or type(tokenizer).__name__!r} has no chat "
                 "template; give one with chat_template= (Jinja text or the path of a file with it)"
             )
+        self.source = self._without_clock()
         added: Mapping[int, Any] = self.tokenizer.added_tokens_decoder
         self.added_ids = frozenset(added)
         self._added_texts = [str(token) for token in added.values()]
@@ -101,6 +113,35 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, KeyError, IndexError) as error:
             raise EncodingError("prompt", f"the chat template refuses this conversation: {error}") from error
 
+    def left_out(self, messages: Conversation, response: str, full: str) -> str | None:
+        """What of a conversation is not in `full`, its rendered text: templates drop turns of roles that they do not know,
+        and the reasoning in front of a response. White space does not count, nor what an earlier turn of the assistant has
+        in front of its ``</think>``.
+        """
+        text, position = _without_white_space(full), 0
+        for index, message in enumerate(messages):
+            if not isinstance(message, Message):
+                message = Message(message["role"], message["content"])
+            role, content = message.role, message.content
+            if role == "assistant":
+                content = content.rpartition("</think>")[2]
+            wanted = _without_white_space(content)
+            found = text.find(wanted, position) if role not in _WRITTEN_ANYWHERE else -1
+            if found >= 0:
+                position = found + len(wanted)
+            elif wanted and role == "assistant":
+                return f"messages[{index}] (assistant)"
+            elif wanted and not self._writes(messages, index, response):
+                return f"messages[{index}] ({role})"
+        return None if _without_white_space(response) in text[position:] else "a part of the response"
+
+    def _writes(self, messages: Conversation, index: int, response: str) -> bool:
+        """Whether a message's content gets into the text at all, in whatever form (JSON's, say)."""
+        marked, message = list(messages), messages[index]
+        role = message.role if isinstance(message, Message) else message["role"]
+        marked[index] = Message(role, _MARK)
+        return _MARK in self.render([*marked, Message("assistant", response)])
+
     def holds_control_token(self, text: str) -> bool:
         """Whether the tokenizer would see one of its control tokens (end of turn, bos ..) in `text`."""
         return any(control in text for control in self._control_texts)
@@ -125,6 +166,18 @@ class ChatTemplate:
             if anchored[0] == anchor_id:
                 return prefix_ids + anchored[1:]
         return prefix_ids + self.encode(text)
+
+    def _without_clock(self) -> str | None:
+        """The template with one date in place of today's; as it came where it asks for none."""
+        template = self.tokenizer.get_chat_template(self.source)
+        if "strftime_now(" not in template:
+            return self.source
+        pinned = _CLOCK.sub(lambda call: repr(_TODAY.strftime(call[2])), template)
+        if "strftime_now(" in pinned:
+            raise ChatTemplateError(
+                "the chat template asks for today's date in a way that cannot be made to stand still"
+            )
+        return pinned
 
     def _find_anchor(self, added: Mapping[int, Any]) -> tuple[str, int] | None:
         for token_id, token in added.items():
@@ -221,6 +274,10 @@ class ChatTemplate:
         while count < len(ids) and not self.tokenizer.decode([ids[-1 - count]]).strip():
             count += 1
         return count
+
+
+def _without_white_space(text: str) -> str:
+    return "".join(text.split())
 
 
 def _shared_length(first: list[int], second: list[int]) -> int:

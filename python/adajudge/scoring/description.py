@@ -30,7 +30,7 @@ def describe(scorer: Scorer) -> dict[str, Any]:
     device = scorer.engine.device
     return {
         "adajudge": __version__,
-        "weights": _digest_of_weights(model),
+        "weights": digest_of_weights(model.state_dict()),
         "config": _digest(_without_origin(model.config.to_dict())),
         "tokenizer": _digest_of_tokenizer(encoder.tokenizer),
         "max_length": encoder.max_length,
@@ -79,9 +79,8 @@ def _digest_of_tokenizer(tokenizer: Any) -> str:
 
 
 @torch.inference_mode()
-def _digest_of_weights(model: torch.nn.Module) -> str:
-    """Of the weights as they are loaded, wherever they came from: adapters are merged, types converted."""
-    state = model.state_dict()
+def digest_of_weights(state: Mapping[str, Tensor]) -> str:
+    """Of weights as they are loaded, wherever they came from: adapters are merged, types converted."""
     sums = torch.stack([_checksum(tensor) for tensor in state.values()]).tolist()
     return _digest([[name, list(state[name].shape), *s] for name, s in zip(state, sums, strict=True)])
 

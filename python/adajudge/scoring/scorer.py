@@ -33,6 +33,7 @@ from adajudge.scoring.results import Score, ScoredRow, ScoringError
 _CHUNK = 32  # rows that a thread encodes in one go
 _THREADS = 4
 _AHEAD = 2  # windows that are being encoded while one is scored
+_LARGEST_WINDOW = 1 << 20  # rows; three are held at once
 
 Encoded = tuple[EncodedRow, ...]
 Result = ScoredRow | RowError
@@ -69,8 +70,8 @@ class Scorer:
         unknown_limit: float | None = None,
         compile_backbone: bool = False,
     ) -> None:
-        if window < 1:
-            raise ValueError(f"window: {window} came, expected at least 1")
+        if not 1 <= window <= _LARGEST_WINDOW:
+            raise ValueError(f"window: {window} came, expected 1 to {_LARGEST_WINDOW}")
         limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if max_length is not None and limit is not None and max_length > limit:
             raise ValueError(f"max_length: {max_length} came, but the backbone ends at {limit} tokens")
@@ -78,6 +79,12 @@ class Scorer:
         self.encoder = ConversationEncoder(
             tokenizer, limit if max_length is None else max_length, truncate_response=truncate_response
         )
+        boundary = model.config.turn_boundary
+        if boundary is not None and boundary != self.encoder.boundary.to_dict():
+            raise ValueError(
+                "tokenizer: it or its chat template is not the one that the judge was trained with: tokens around a turn are "
+                f"{self.encoder.boundary.to_dict()}, expected {boundary}"
+            )
         self.window = window
         self.unknown_limit = model.config.unknown_word_limit if unknown_limit is None else unknown_limit
 

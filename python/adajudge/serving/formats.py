@@ -94,6 +94,9 @@ _NOT_SERVED: dict[str, tuple[tuple[Any, ...], str]] = {
     "chat_template": ((), "the judge's own chat template is used; leave it out"),
     "chat_template_kwargs": ((), "the judge's own chat template is used; leave it out"),
     "instruction": ((), "instructions are not served; put them in the prompt"),
+    "tools": (([],), "no judge would see them; leave them out"),
+    "system": (("",), "expected the first message"),
+    "continue_final_message": ((False,), "the last message is scored as a whole; expected false"),
     "add_generation_prompt": ((False,), "the last message is the response that is scored; expected false"),
 }
 

@@ -6,6 +6,7 @@ import os
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from hashlib import blake2b
 
 from torch.utils.data import Dataset
 
@@ -38,6 +39,14 @@ class PairDataset(Dataset[EncodedPair]):
     def __len__(self) -> int:
         """Number of pairs."""
         return len(self._weights)
+
+    def digest(self) -> str:
+        """Of all pairs in their order."""
+        found = blake2b(self._weights.tobytes(), digest_size=16)
+        for ids, prompt_length in self._sides:
+            found.update(b"%d %d " % (len(ids), prompt_length))
+            found.update(ids.tobytes())
+        return found.hexdigest()
 
     def __getitem__(self, index: int) -> EncodedPair:
         """The pair as :class:`adajudge.data.PairCollator` takes it."""
