@@ -1,4 +1,4 @@
-"""The README's blocks run as they stand."""
+"""The blocks of the README and of docs/training.md run as they stand."""
 
 import os
 import re
@@ -13,9 +13,10 @@ from benchmarks.report import table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = README + (ROOT / "docs/training.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGES, re.DOTALL)
 COMMANDS = [
-    block.replace("\\\n", " ").splitlines() for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    block.replace("\\\n", " ").splitlines() for block in re.findall(r"```sh\n(.*?)```", PAGES, re.DOTALL)
 ]
 
 
