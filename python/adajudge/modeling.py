@@ -69,7 +69,8 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
 
         LoraConfig(target_modules=r"backbone\\..*\\.(q_proj|v_proj)", modules_to_save=["head"])
 
-    and load the adapter with ``PeftModel.from_pretrained(judge, adapter)``.
+    and load the adapter with `adajudge.training.load_judge`, or, to train it further, with
+    ``PeftModel.from_pretrained(judge, adapter)`` on a judge whose head has the adapter's own configuration.
 
     Args:
         config: `AdaJudgeConfig`. Its `backbone_config` becomes the backbone's own.
@@ -184,14 +185,13 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
 
         Raises:
             ValueError: weights are missing, of another shape or unknown, or no judge is there; use
-                `from_backbone` for a bare backbone, ``PeftModel.from_pretrained`` for an adapter.
+                `from_backbone` for a bare backbone, `adajudge.training.load_judge` for an adapter.
         """
         _check_options(options)
         if name is not None and not isinstance(options.get("config"), AdaJudgeConfig):
             if os.path.isfile(os.path.join(name, "adapter_config.json")):
                 raise ValueError(
-                    f"{name}: an adapter is there; load the judge it was trained on, "
-                    "then PeftModel.from_pretrained(judge, adapter)"
+                    f"{name}: an adapter is there; adajudge.training.load_judge loads it with the judge it was trained on"
                 )
             kind = _model_type(name, options)
             if kind != AdaJudgeConfig.model_type:
