@@ -105,7 +105,7 @@ def small(x: Tensor, acc: torch.dtype) -> Tensor:
 
 def stored(x: Tensor | None) -> tuple[Any, int, int] | None:
     """A small argument for the module: dtype, address and how many numbers."""
-    return None if x is None else (_DTYPES[x.dtype], x.data_ptr(), x.numel())
+    return None if x is None else (dtype_code(x.dtype), address(x), x.numel())
 
 
 def layout_of(tables: LayoutTables) -> Any:

@@ -14,7 +14,7 @@ import importlib.util
 import inspect
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -46,8 +46,7 @@ LIBRARIES = {
 _forced: str | None = None
 
 
-@contextmanager
-def use_attention(name: str) -> Iterator[None]:
+def use_attention(name: str) -> AbstractContextManager[None]:
     """Force whose attention runs inside sequences in the block, in all threads of the process (whose blocks must nest).
 
     Args:
@@ -55,12 +54,17 @@ def use_attention(name: str) -> Iterator[None]:
             ``"torch-varlen"``. A call that it cannot serve raises a ValueError.
 
     Raises:
-        ValueError: on entry, if it is unknown or not installed.
+        ValueError: it is unknown or not installed.
     """
-    global _forced
     reason = unavailable_reason(name)
     if reason is not None:
         raise ValueError(f"attention {name!r} cannot be used: {reason}")
+    return _forcing(name)
+
+
+@contextmanager
+def _forcing(name: str) -> Iterator[None]:
+    global _forced
     before, _forced = _forced, name
     try:
         yield

@@ -73,6 +73,10 @@ def place(tokens, source):
     return torch.where((source >= 0)[:, None], tokens[source.clamp(min=0)], float("nan"))
 
 
+def drawn_widths(most):  # each is a compilation, where kernels are compiled
+    return st.sampled_from([1, 7, 24, 48, 70]) if torch.cuda.is_available() else st.integers(1, most)
+
+
 @st.composite
 def batches(draw, max_prompts=3, max_length=40):
     prompts = draw(st.lists(st.integers(0, max_length), min_size=1, max_size=max_prompts))

@@ -253,3 +253,8 @@ def test_a_backward_that_may_differ_from_run_to_run_is_not_chosen_by_itself(monk
     with torch.no_grad():
         assert libraries.choose_attention(query, PACKED, "all").backend == "torch-varlen"
     assert libraries.is_deterministic("flash-attn-2")
+
+
+def test_an_unknown_library_is_refused_where_it_is_named_and_not_only_in_a_block():
+    with pytest.raises(ValueError, match="attention 'foo' cannot be used"):
+        ak.use_attention("foo")

@@ -103,11 +103,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train as `args` say."""
     import torch
+    from transformers.trainer_utils import get_last_checkpoint
 
     try:
         checkpoint = _checkpoint(args)
         trainer = _prepare(args)
-        began = _begin(args, trainer, checkpoint)
+        began = _begin(trainer, checkpoint)
     except _UsageError as error:
         print(f"adajudge train: {error}", file=sys.stderr)
         return 2
@@ -120,12 +121,8 @@ def run(args: argparse.Namespace) -> int:
         _evaluate_at_end(trainer)
         _save(args, trainer)
     except KeyboardInterrupt:
-        kept = sorted(Path(args.output_dir).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
-        hint = (
-            f"{kept[-1].name} is kept: --resume_from_checkpoint goes on"
-            if kept
-            else "no checkpoint was saved"
-        )
+        kept = get_last_checkpoint(args.output_dir)
+        hint = f"{kept} is kept: --resume_from_checkpoint goes on" if kept else "no checkpoint was saved"
         print(f"adajudge train: interrupted at step {trainer.state.global_step}; {hint}", file=sys.stderr)
         return 130
     except (FloatingPointError, torch.OutOfMemoryError, OSError, ValueError, ImportError) as error:
@@ -388,15 +385,12 @@ def _checkpoint(args: argparse.Namespace) -> str | None:
     return str(asked)
 
 
-def _begin(args: argparse.Namespace, trainer: AdaJudgeTrainer, checkpoint: str | None) -> int:
+def _begin(trainer: AdaJudgeTrainer, checkpoint: str | None) -> int:
     """The step that training begins at."""
     from adajudge.training.resumption import begin_run
 
-    lora = {
-        name: value for name, value in vars(args).items() if name.startswith("lora_") and value is not None
-    }
     try:
-        return begin_run(trainer, lora, checkpoint)
+        return begin_run(trainer, checkpoint)
     except (ValueError, KeyError, OSError) as error:
         raise _UsageError(
             f"resume_from_checkpoint: {error}" if checkpoint else f"output_dir: {error}"

@@ -79,6 +79,7 @@ class ChatTemplate:
                 "template; give one with chat_template= (Jinja text or the path of a file with it)"
             )
         self.source = self._without_clock()
+        self._written: dict[tuple[int, tuple[str, ...]], bool] = {}
         added: Mapping[int, Any] = self.tokenizer.added_tokens_decoder
         self.added_ids = frozenset(added)
         self._added_texts = [str(token) for token in added.values()]
@@ -136,11 +137,14 @@ class ChatTemplate:
         return None if _without_white_space(response) in text[position:] else "a part of the response"
 
     def _writes(self, messages: Conversation, index: int, response: str) -> bool:
-        """Whether a message's content gets into the text at all, in whatever form (JSON's, say)."""
-        marked, message = list(messages), messages[index]
-        role = message.role if isinstance(message, Message) else message["role"]
-        marked[index] = Message(role, _MARK)
-        return _MARK in self.render([*marked, Message("assistant", response)])
+        """Whether a message's content gets into the text at all, in whatever form (JSON's, say). Asked once for each sequence
+        of roles.
+        """
+        roles = tuple(m.role if isinstance(m, Message) else m["role"] for m in messages)
+        if (index, roles) not in self._written:
+            marked = [*messages[:index], Message(roles[index], _MARK), *messages[index + 1 :]]
+            self._written[index, roles] = _MARK in self.render([*marked, Message("assistant", response)])
+        return self._written[index, roles]
 
     def holds_control_token(self, text: str) -> bool:
         """Whether the tokenizer would see one of its control tokens (end of turn, bos ..) in `text`."""

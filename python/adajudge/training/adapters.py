@@ -15,7 +15,7 @@ from adajudge.modeling import AdaJudgeForSequenceClassification
 
 ALL_LINEAR = "all-linear"
 
-_HEAD_FIELDS = (
+HEAD_FIELDS = (
     "num_blocks",
     "block_num_heads",
     "block_intermediate_size",
@@ -132,7 +132,7 @@ def _load_adapter(name: str, options: dict[str, Any]) -> AdaJudgeForSequenceClas
 
     base = PeftConfig.from_pretrained(name).base_model_name_or_path
     config = AdaJudgeConfig.from_pretrained(name)
-    fields = {key: getattr(config, key) for key in _HEAD_FIELDS}
+    fields = {key: getattr(config, key) for key in HEAD_FIELDS}
     if not base:
         raise ValueError(f"{name}: the adapter does not say which weights it was trained on")
     try:

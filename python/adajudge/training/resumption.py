@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from adajudge.scoring.description import differences, digest_of_weights
 
+from .adapters import HEAD_FIELDS
+
 if TYPE_CHECKING:
     from .trainer import AdaJudgeTrainer
 
@@ -19,14 +21,16 @@ _ARGUMENTS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "seed", "bf16",
     "gamma", "temperature", "entropy_floor", "entropy_weight",
 )  # fmt: skip
-_HEAD = ("num_blocks", "attention_tokens")
+_LORA = ("r", "lora_alpha", "lora_dropout", "target_modules")
 
 
-def describe_run(trainer: AdaJudgeTrainer, options: dict[str, Any]) -> dict[str, Any]:
-    """A run in JSON's types: training arguments, head, data, `options` more, and where weights stay as they are, these."""
+def describe_run(trainer: AdaJudgeTrainer) -> dict[str, Any]:
+    """A run in JSON's types: training arguments, head, LoRA matrices, data, and where weights stay as they are, these."""
     arguments, config = trainer.args, trainer.model.config
-    found = {name: getattr(arguments, name) for name in _ARGUMENTS if hasattr(arguments, name)}
-    found |= {name: getattr(config, name) for name in _HEAD}
+    found = {name: getattr(arguments, name) for name in _ARGUMENTS}
+    found |= {name: getattr(config, name) for name in HEAD_FIELDS}
+    for adapter in getattr(trainer.model, "peft_config", {}).values():
+        found |= {f"lora_{name.removeprefix('lora_')}": getattr(adapter, name) for name in _LORA}
     found["pairs_per_step"] = (
         arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     )
@@ -36,18 +40,18 @@ def describe_run(trainer: AdaJudgeTrainer, options: dict[str, Any]) -> dict[str,
     }
     if fixed:
         found["base_weights"] = digest_of_weights(fixed)
-    described: dict[str, Any] = json.loads(json.dumps(found | options, default=str))
+    described: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return described
 
 
-def begin_run(trainer: AdaJudgeTrainer, options: dict[str, Any], checkpoint: str | None) -> int:
+def begin_run(trainer: AdaJudgeTrainer, checkpoint: str | None) -> int:
     """The step that a run begins at. What it is asked for is written into its folder, or compared with what was: a
     checkpoint without a description beside it passes.
 
     Raises:
         ValueError: the checkpoint is of another run; it names what differs.
     """
-    described, step = describe_run(trainer, options), 0
+    described, step = describe_run(trainer), 0
     if checkpoint is not None:
         file = Path(checkpoint).parent / RUN_NAME
         was = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else described
