@@ -27,7 +27,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     interpreter.quicken()
 
 # Test workers run side by side and their tensors are small: waiting for threads would be most of the time. What
-# must not depend on the number of threads is tested with several (test_contract.py).
+# must not depend on the number of threads is tested with several (test_contract.py, test_native.py).
 torch.set_num_threads(1)
 
 

@@ -11,9 +11,10 @@ from adajudge_kernels import SequenceLayout
 from adajudge_kernels.refinement.ops import sequence_attention
 from tests.kernels import naive
 from tests.kernels.batches import LAYOUTS, Batch, lengths_with_unread_prompts, place
+from tests.kernels.cases import DTYPES, dtypes, generated, layouts, stored_layouts
+from tests.kernels.comparison import compare
 from tests.kernels.conftest import INTERPRETED
 from tests.kernels.operations import attend, sequence_slots
-from tests.kernels.test_contract import DTYPES, compare, dtypes, generated, layouts, stored_layouts
 
 PACKED = tuple(kind for kind in LAYOUTS if kind != "shared")
 # Tiles with a mask and without, prompts that end inside of one and on its edge, and a prompt that nobody reads.

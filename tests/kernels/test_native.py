@@ -13,18 +13,18 @@ import adajudge_kernels as ak
 from adajudge_kernels import backends, compiled
 from adajudge_kernels.refinement.ops import residual_rms_norm, sequence_attention
 from tests.kernels.batches import LAYOUTS, LONG, RAGGED, Batch, place
+from tests.kernels.cases import dtypes, pooling, rowwise, tokenwise
 from tests.kernels.comparison import (
     assert_same_bits,
     cast,
+    compare,
+    compare_rowwise,
     on_every_level,
     on_several_threads,
     run_operation,
     run_truth,
 )
 from tests.kernels.operations import POOLING, VIEW_NAMES, attend, over_tokens
-from tests.kernels.test_contract import compare, compare_rowwise, dtypes, rowwise, tokenwise
-
-pooling = pytest.mark.parametrize("operation", POOLING, ids=lambda op: op.name)
 
 
 def test_the_compiled_module_is_here():
