@@ -9,6 +9,7 @@ namespace {
 constexpr int TILE = 8;                // tokens whose rows are added to a view together, while they are in the cache
 constexpr int AHEAD = 2048;            // bytes of a state that are asked for before they are needed
 constexpr int READ_ONCE = 0;           // what is asked for need not stay in the caches
+constexpr int ASKED = 2;               // lines that are asked for with every LANES numbers of a tile's rows
 constexpr int TOGETHER = 8;            // rows that a mean adds up before it touches memory
 constexpr int64_t COMBINED = 512;      // features that a thread combines at once
 
@@ -57,13 +58,19 @@ struct Scan {
         return sum<A>(logit);
     }
 
-    // weighted = weighted * scale + sum_r p_r h_r; with SUM: sums += sum_r h_r.
+    // weighted = weighted * scale + sum_r p_r h_r; with SUM: sums += sum_r h_r. A tile's rows come from the caches: the states
+    // from the number `next` on are asked for meanwhile, or memory would rest; none from 0.
     template <int R, bool SUM>
-    void add(A* weighted_row, A* sum_row, A scale, const A* p, const A* tile, int64_t width) const {
+    void add(A* weighted_row, A* sum_row, A scale, const A* p, const A* tile, int64_t width, int64_t next) const {
         const auto scales = broadcast<Lanes<A>>(scale);
         Lanes<A> weights[R];
         for (int r = 0; r < R; ++r) weights[r] = broadcast<Lanes<A>>(p[r]);
+        int k = 0;
         for_lanes(0, call.features, [&](int64_t j, auto n) {
+            for (int line = 0; R == TILE && next && line < ASKED; ++line) {  // of each state in turn
+                __builtin_prefetch(states[k] + next, 0, READ_ONCE);
+                if (++k == call.depths) k = 0, next += CACHE_LINE / sizeof(T);
+            }
             Lanes<A> h = load(tile + j, All{}), x = h * weights[0], totals[2] = {h};
             for (int r = 1; r < R; ++r) {
                 h = load(tile + r * width + j, All{});
@@ -76,9 +83,9 @@ struct Scan {
     }
 
     template <int R>
-    void add(A* weighted_row, A* sum_row, A scale, const A* p, const A* tile, int64_t width) const {
-        if (sum_row) return add<R, true>(weighted_row, sum_row, scale, p, tile, width);
-        add<R, false>(weighted_row, nullptr, scale, p, tile, width);
+    void add(A* weighted_row, A* sum_row, A scale, const A* p, const A* tile, int64_t width, int64_t next = 0) const {
+        if (sum_row) return add<R, true>(weighted_row, sum_row, scale, p, tile, width, next);
+        add<R, false>(weighted_row, nullptr, scale, p, tile, width, next);
     }
 
     // Tokens of a run in tiles of one role, so that a NaN in a prompt reaches no mean over responses. Rows are summed by
@@ -99,6 +106,7 @@ struct Scan {
         double total = 0;  // of one number a token: fp64 costs nothing
         int held = 0;
         int8_t held_role = PADDING;
+        int64_t position = c.begin;
         const auto flush = [&] {
             if (!held) return;
             const A before = top;
@@ -114,7 +122,8 @@ struct Scan {
             for (int r = 0; r < held; ++r) total += p[r];
             A* to = held_role == RESPONSE ? sum_row : nullptr;
             if (held == TILE) {
-                add<TILE>(weighted_row, to, scale, p, tile, width);
+                const int64_t next = c.sequence.slot(position) * d + AHEAD / int64_t(sizeof(T));
+                add<TILE>(weighted_row, to, scale, p, tile, width, c.end - position >= TILE ? next : 0);
             } else {
                 for (int r = 0; r < held; ++r) add<1>(weighted_row, to, r ? A(1) : scale, p + r, tile + r * width, width);
             }
@@ -126,7 +135,7 @@ struct Scan {
             if (run_sum) fold_row(run_sum, sum_rest, sum_row, A(1), d);
             run_top = top;
         };
-        for (int64_t position = c.begin; position < c.end; ++position) {
+        for (; position < c.end; ++position) {
             if (position > c.begin && (position - c.begin) % CHUNK_TOKENS == 0) end_chunk();
             const int64_t slot = c.sequence.slot(position);
             const int8_t role = call.layout.roles[slot];

@@ -22,6 +22,7 @@
 namespace {
 
 constexpr int LANES = 16;
+constexpr int CACHE_LINE = 64;  // bytes
 
 #if defined(__AVX512F__)
 constexpr int REGISTER_BYTES = 64;
@@ -360,7 +361,7 @@ ALWAYS_INLINE void for_lanes(int64_t begin, int64_t end, Body body) {
 // ask for a line further on.
 template <class T, class Ahead, class Body>
 ALWAYS_INLINE void for_lines(int64_t begin, int64_t end, Ahead ahead, Body body) {
-    constexpr int64_t LINE = LANES * sizeof(T) < 64 ? 64 / sizeof(T) : LANES;
+    constexpr int64_t LINE = LANES * sizeof(T) < CACHE_LINE ? CACHE_LINE / sizeof(T) : LANES;
     int64_t j = begin;
     for (; j + LINE <= end; j += LINE) {
         ahead(j);
