@@ -221,6 +221,16 @@ def test_a_job_that_was_asked_for_differently_is_refused_by_the_field(
         assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
+def test_a_job_that_finished_nothing_leaves_nothing_to_go_on_with(small, interrupted, tmp_path):
+    """Asked for with an option amiss, it fails early; the corrected command needs no --fresh."""
+    output = tmp_path / "out.jsonl"
+    interrupted(0, *small[1:], output, "--truncate_response")
+    assert Path(f"{output}.parts").exists()
+    assert main([*small, str(output)]) == 1
+    assert main([*small, str(tmp_path / "whole.jsonl")]) == 1
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
 def change_weights(folder):
     model = AdaJudgeForSequenceClassification.from_pretrained(folder)
     with torch.no_grad():
@@ -332,16 +342,15 @@ def test_two_jobs_for_one_output_at_once_are_refused(judge, tmp_path):
         ScoringJob(scorer, tmp_path / "out.jsonl").__enter__()
 
 
-def test_a_refused_job_lets_go_of_its_lock(judge, tmp_path):
+def test_a_refused_job_lets_go_of_its_lock(judge, small, interrupted, tmp_path):
     """What the message advises can be followed while the error is still at hand."""
     output = tmp_path / "out.jsonl"
-    with ScoringJob(Scorer.from_pretrained(judge, window=4), output):
-        pass
-    scorer = Scorer.from_pretrained(judge, window=5)
+    interrupted(1, *small[1:], output)
+    scorer = Scorer.from_pretrained(judge, window=4)
     refused = ScoringJob(scorer, output)
     errors = []
     for _ in range(2):
-        with pytest.raises(JobError, match=r"window was 4, is 5.*--fresh") as error:
+        with pytest.raises(JobError, match=r"window was 5, is 4.*--fresh") as error:
             refused.__enter__()
         errors.append(error.value)
     with ScoringJob(scorer, output, fresh=True) as job:

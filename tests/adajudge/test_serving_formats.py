@@ -1,6 +1,7 @@
 """What each endpoint takes and answers: exact shapes, offline scores, and errors that say what was wrong."""
 
 import base64
+import gzip
 import json
 import struct
 
@@ -317,3 +318,11 @@ def test_a_client_without_json_is_told_so(client):
     answer = httpx.post(f"{client.url}/get_reward", data={"query": "x"})
     assert answer.status_code == 415
     assert "expected 'Content-Type: application/json'" in answer.json()["error"]["message"]
+
+
+def test_a_compressed_body_is_refused_by_its_name(client):
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    body = gzip.compress(json.dumps({"query": ["x"]}).encode())
+    answer = httpx.post(f"{client.url}/get_reward", content=body, headers=headers)
+    assert answer.status_code == 415
+    assert "Content-Encoding: gzip came" in answer.json()["error"]["message"]

@@ -194,8 +194,8 @@ class ScoringJob:
         self.folder.mkdir(exist_ok=True)
         self._take_lock()
         description = self.folder / _DESCRIPTION
-        if existed and (self.fresh or not description.exists()):
-            _empty(self.folder)
+        if existed and (self.fresh or not description.exists() or not self._parts.indices()):
+            _empty(self.folder)  # without a finished part there is nothing to go on with
         now = {"asked": asked, "machine": describe_machine(self.scorer.engine.device)}
         if not description.exists():
             write_atomically(description, (json.dumps(now, indent=1) + "\n").encode())

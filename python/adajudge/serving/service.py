@@ -98,7 +98,7 @@ class Service:
             ) from None
 
     async def _answer(self, request: Request, wire: WireFormat) -> Response:
-        _check_content_type(request)
+        _check_media_type(request)
         held = 0
         try:
             body = bytearray()
@@ -231,12 +231,16 @@ class Service:
             return Fault("row", f"it cannot be encoded: {type(error).__name__}", kind="engine_error")
 
 
-def _check_content_type(request: Request) -> None:
+def _check_media_type(request: Request) -> None:
     """Web pages of others can post anything but JSON to this server without being asked."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    came = None
     if content_type != "application/json" and not content_type.endswith("+json"):
-        raise ServingError(415, "unsupported_media_type", f"{content_type or 'no type'} came, "
-                           "expected 'Content-Type: application/json'", headers={"Connection": "close"})  # fmt: skip
+        came = f"{content_type or 'no type'} came, expected 'Content-Type: application/json'"
+    elif (coding := request.headers.get("content-encoding", "identity").strip().lower()) != "identity":
+        came = f"Content-Encoding: {coding} came, expected a body as it is"
+    if came:
+        raise ServingError(415, "unsupported_media_type", came, headers={"Connection": "close"})
 
 
 async def _disconnected(request: Request) -> None:
