@@ -9,7 +9,7 @@ namespace {
 constexpr int TILE = 8;                // tokens whose rows are added to a view together, while they are in the cache
 constexpr int AHEAD = 2048;            // bytes of a state that are asked for before they are needed
 constexpr int READ_ONCE = 0;           // what is asked for need not stay in the caches
-constexpr int ASKED = 2;               // lines that are asked for with every LANES numbers of a tile's rows
+constexpr int ASKED = 2;               // cache lines asked for with every LANES features of a tile: what memory gives meanwhile
 constexpr int TOGETHER = 8;            // rows that a mean adds up before it touches memory
 constexpr int64_t COMBINED = 512;      // features that a thread combines at once
 
@@ -58,8 +58,8 @@ struct Scan {
         return sum<A>(logit);
     }
 
-    // weighted = weighted * scale + sum_r p_r h_r; with SUM: sums += sum_r h_r. A tile's rows come from the caches: the states
-    // from the number `next` on are asked for meanwhile, or memory would rest; none from 0.
+    // weighted = weighted * scale + sum_r p_r h_r; with SUM: sums += sum_r h_r. A tile's rows come from the caches; that memory
+    // does not rest meanwhile, the states are asked for from the offset `next` on, of each a line in turn; for 0 none.
     template <int R, bool SUM>
     void add(A* weighted_row, A* sum_row, A scale, const A* p, const A* tile, int64_t width, int64_t next) const {
         const auto scales = broadcast<Lanes<A>>(scale);
@@ -67,9 +67,13 @@ struct Scan {
         for (int r = 0; r < R; ++r) weights[r] = broadcast<Lanes<A>>(p[r]);
         int k = 0;
         for_lanes(0, call.features, [&](int64_t j, auto n) {
-            for (int line = 0; R == TILE && next && line < ASKED; ++line) {  // of each state in turn
-                __builtin_prefetch(states[k] + next, 0, READ_ONCE);
-                if (++k == call.depths) k = 0, next += CACHE_LINE / sizeof(T);
+            if (R == TILE && next) {
+                for (int line = 0; line < ASKED; ++line) {
+                    __builtin_prefetch(states[k] + next, 0, READ_ONCE);
+                    if (++k < call.depths) continue;
+                    k = 0;
+                    next += CACHE_LINE / sizeof(T);
+                }
             }
             Lanes<A> h = load(tile + j, All{}), x = h * weights[0], totals[2] = {h};
             for (int r = 1; r < R; ++r) {
@@ -122,8 +126,9 @@ struct Scan {
             for (int r = 0; r < held; ++r) total += p[r];
             A* to = held_role == RESPONSE ? sum_row : nullptr;
             if (held == TILE) {
-                const int64_t next = c.sequence.slot(position) * d + AHEAD / int64_t(sizeof(T));
-                add<TILE>(weighted_row, to, scale, p, tile, width, c.end - position >= TILE ? next : 0);
+                const bool another = c.end - position >= TILE;  // less would be asked for in vain
+                const int64_t next = another ? c.sequence.slot(position) * d + AHEAD / int64_t(sizeof(T)) : 0;
+                add<TILE>(weighted_row, to, scale, p, tile, width, next);
             } else {
                 for (int r = 0; r < held; ++r) add<1>(weighted_row, to, r ? A(1) : scale, p + r, tile + r * width, width);
             }

@@ -1,7 +1,5 @@
 """DESIGN's bound on errors against fp64, for every operation on every backend."""
 
-from statistics import median
-
 import pytest
 import torch
 from hypothesis import assume, given
@@ -12,14 +10,12 @@ from tests.kernels.batches import LAYOUTS, LONG, RAGGED, Batch, batches, drawn_w
 from tests.kernels.cases import DTYPES, dtypes, generated, pooling, rowwise, stored_layouts, tokenwise
 from tests.kernels.comparison import (
     assert_within_contract,
-    by_name,
     cast,
     compare,
     compare_rowwise,
-    error,
-    plain_and_exact,
-    run_operation,
+    far_from_zero,
     run_truth,
+    usual_errors,
 )
 from tests.kernels.conftest import INTERPRETED
 from tests.kernels.naive import Sequence
@@ -30,7 +26,6 @@ from tests.kernels.operations import (
     draw_experts,
     draw_loss,
     draw_views,
-    over_tokens,
     true_experts,
     true_loss,
     views,
@@ -66,11 +61,7 @@ def test_error_bound_holds_on_any_layout(operation, device, batch, kind, dtype, 
 def test_error_bound_holds_for_states_as_models_have_them(operation, dtype, shift, device):
     """With a mean far from zero, or one feature far larger than the others: long sums of numbers of one sign."""
     batch = Batch((0, 300), ((300,), (260, 5)))
-    inputs = operation.draw(batch, 40, 2)
-    for name, x in inputs.items():
-        if over_tokens(name):
-            x[:, slice(None) if shift == "mean" else 7] += 4 if shift == "mean" else 50
-    compare(operation, inputs, batch, "shared", dtype, device)
+    compare(operation, far_from_zero(operation.draw(batch, 40, 2), shift), batch, "shared", dtype, device)
 
 
 @pytest.mark.parametrize("peak", [1, 10], ids=["even weights", "one token has most of the weight"])
@@ -79,20 +70,15 @@ def test_the_usual_error_is_that_of_plain_pytorch(tokens, peak, device):
     """One case may be lucky; the median of many is not. Where one token has most of the weight, its gradient is the small
     difference of two large numbers."""
     operation, batch = views(tokens), Batch((14, 0), ((36, 19), (40,)))
-    layout, source = batch.lay_out("shared", device)
-    errors = {}
-    for seed in range(24 if INTERPRETED else 60):
-        torch.manual_seed(seed)
-        inputs = {name: x.float() for name, x in operation.draw(batch, 48, 2).items()}
-        inputs["weight"] *= peak
-        ours = by_name(run_operation(operation, cast(inputs, torch.float32, device), layout, source))
-        plain, exact = plain_and_exact(operation.truth, inputs, torch.float32, (batch.sequences,))
-        for value, expected in exact.items():
-            pair = error(ours[value], expected), error(plain[value], expected)
-            errors.setdefault(value, []).append(pair)
-    for value, pairs in errors.items():
-        usual, plain_usual = (median(column) for column in zip(*pairs, strict=True))
-        assert usual <= 2 * plain_usual + 1e-8, value
+
+    def draw():
+        inputs = operation.draw(batch, 48, 2)
+        return inputs | {"weight": peak * inputs["weight"]}
+
+    for value, (usual, plain) in usual_errors(
+        operation, draw, batch, device, 24 if INTERPRETED else 60
+    ).items():
+        assert usual <= 2 * plain + 1e-8, value
 
 
 @pooling
