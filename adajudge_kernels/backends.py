@@ -146,23 +146,30 @@ def choose_backend(device: torch.device, family: str) -> Choice:
     forced = _forced.get(family)
     if forced is not None:
         return Choice(_servable("backend " + repr(forced), forced, device, family), "forced by use_backend")
-    # A compiled function keeps what the variable said when it was traced.
-    named = os.environ.get(ENVIRONMENT_VARIABLE)
+    named = _named_backend()
     if named:
         source = f"{ENVIRONMENT_VARIABLE}={named}"
         return Choice(_servable(source, named, device, family), f"forced by {ENVIRONMENT_VARIABLE}")
-    return _traceable_fastest(device.type, family)
+    return _traceable_fastest(device, family)
+
+
+@torch.compiler.assume_constant_result  # a compiled function keeps what the variable said when it was traced
+def _named_backend() -> str | None:
+    """What the environment variable says. The C library is asked: ``os.environ`` raises and catches where nothing is set."""
+    if compiled.module is None:
+        return os.environ.get(ENVIRONMENT_VARIABLE)
+    return compiled.module.environment(ENVIRONMENT_VARIABLE)
 
 
 @functools.cache
-def fastest(device_type: str, family: str) -> Choice:
-    """The backend that serves `family` on a kind of device if none is forced.
+def fastest(device: torch.device, family: str) -> Choice:
+    """The backend that serves `family` on a device if none is forced.
 
     On CUDA it is what ``python -m adajudge_kernels.tune`` measured to be the faster of Triton and the CUDA C++ kernels on
     this GPU; where nothing was measured, Triton; without Triton the CUDA C++ kernels. On the CPU it is the compiled
     kernels. Where those are not here, and elsewhere, it is the reference.
     """
-    if device_type == "cuda":
+    if device.type == "cuda":
         measured = measured_names("backends", ("triton", "cuda")).get(family)
         if measured and unavailable_reason(measured, family) is None:
             return Choice(measured, "measured to be the fastest on this GPU")
@@ -170,14 +177,14 @@ def fastest(device_type: str, family: str) -> Choice:
             return Choice("triton", "the usual one on GPUs")
         if unavailable_reason("cuda", family) is None:
             return Choice("cuda", "triton is not installed")
-    if device_type == "cpu" and unavailable_reason("cpu", family) is None:
+    if device.type == "cpu" and unavailable_reason("cpu", family) is None:
         return Choice("cpu", "the fastest for cpu tensors")
-    return Choice("reference", f"no faster {family} kernels are here for {device_type} tensors")
+    return Choice("reference", f"no faster {family} kernels are here for {device.type} tensors")
 
 
 @torch.compiler.assume_constant_result  # a trace reads no files
-def _traceable_fastest(device_type: str, family: str) -> Choice:
-    return fastest(device_type, family)
+def _traceable_fastest(device: torch.device, family: str) -> Choice:
+    return fastest(device, family)
 
 
 @torch.compiler.assume_constant_result

@@ -326,7 +326,7 @@ class SequenceLayout:
     @property
     def device(self) -> torch.device:
         """Where the index tensors live."""
-        return self.ranges.device
+        return self.roles.device
 
     def to(self, device: torch.device | str) -> SequenceLayout:
         """The same layout with its tensors on `device`."""

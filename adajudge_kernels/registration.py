@@ -13,7 +13,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as functorch_transforms_active
+from torch._C import _len_torch_dispatch_stack as dispatch_modes
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 from torch.library import CustomOpDef, custom_op
 from torch.nn import Parameter
 
@@ -69,14 +72,14 @@ class Operation:
         Raises:
             RuntimeError: under a transform of ``torch.func`` or in forward-mode differentiation.
         """
-        if torch.compiler.is_compiling():
+        if is_dynamo_compiling():
             return self._opaque(*args)
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        if functorch_transforms_active() or forward_ad._current_level >= 0:
             raise RuntimeError(
                 f"adajudge_kernels.{self.name} has a backward only: no torch.func transform (grad, vmap, jvp) and no "
                 "forward-mode differentiation; use torch.autograd"
             )
-        if torch._C._len_torch_dispatch_stack():  # fake tensors, proxies ..
+        if dispatch_modes():  # fake tensors, proxies ..
             return self._opaque(*args)
         wanted: list[
             Tensor

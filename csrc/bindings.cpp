@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstdlib>
 #include <optional>
 #include <stdexcept>
 #include <tuple>
@@ -287,6 +288,8 @@ PYBIND11_MODULE(_native, m) {
 #if !defined(ADAJUDGE_EMULATED)
     define_levels(m);
 #endif
+    m.def("environment", [](const char* name) { return std::getenv(name); }, py::arg("name"),
+          "An environment variable's value, None where it is not set.");
     define_cuda(m);
     define_pooling(m);
     define_refinement(m);

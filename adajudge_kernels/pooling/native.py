@@ -55,8 +55,8 @@ def multi_view_pool_forward(
     response_only: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``z_L, z_M, z_A``, each ``[B, d]``, and the log-sum-exp ``[B]`` of the attention view."""
-    acc, shape = arithmetic_dtype(states[0].dtype), (tables.sequences.shape[0], states[0].shape[1])
-    last, mean = (states[0].new_empty(shape, dtype=acc) for _ in range(2))
+    acc, batch, d = arithmetic_dtype(states[0].dtype), tables.sequences.shape[0], states[0].shape[1]
+    last, mean = states[0].new_empty(batch, d, dtype=acc), states[0].new_empty(batch, d, dtype=acc)
     attention, log_sum_exp = _views(states, depth_weights, weight, bias, tables, response_only, last, mean)
     return last, mean, attention, log_sum_exp
 

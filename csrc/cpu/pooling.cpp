@@ -11,6 +11,7 @@ constexpr int AHEAD = 2048;            // bytes of a state that are asked for be
 constexpr int READ_ONCE = 0;           // what is asked for need not stay in the caches
 constexpr int ASKED = 2;               // cache lines asked for with every LANES features of a tile: what memory gives meanwhile
 constexpr int TOGETHER = 8;            // rows that a mean adds up before it touches memory
+constexpr int MEAN_AHEAD = 1024;       // bytes of each of them that are asked for before they are needed
 constexpr int64_t COMBINED = 512;      // features that a thread combines at once
 
 // A softmax's largest logit, to subtract: 0 where all of them so far are -inf.
@@ -19,6 +20,34 @@ A finite(A top) {
     return top == -INFINITY ? A(0) : top;
 }
 
+// What the views are made of.
+template <class A>
+struct ViewSums {
+    A *weighted, *plain;   // of exp(logit - top) h, and of h over response tokens; null where no mean is wanted
+    A top = -INFINITY;     // the largest logit
+    double total = 0;      // of exp(logit - top): of one number a token, fp64 costs nothing
+
+    void clear(int64_t features) {
+        fill_zero(weighted, features);
+        if (plain) fill_zero(plain, features);
+    }
+
+    ViewSums from(int64_t feature) const { return {weighted + feature, plain ? plain + feature : nullptr, top, total}; }
+
+    // Another's tokens join these.
+    void take(const ViewSums& other, int64_t features) {
+        const A before = top;
+        top = other.top <= top ? top : other.top;  // NaN comes through
+        const A scale = exp_of_negative(before - finite(top)), share = exp_of_negative(other.top - finite(top));
+        total = total * scale + other.total * share;
+        const auto scales = broadcast<Lanes<A>>(scale), shares = broadcast<Lanes<A>>(share);
+        for_lanes(0, features, [&](int64_t j, auto n) {
+            store(weighted + j, multiply_add(load(weighted + j, n), scales, load(other.weighted + j, n) * shares), n);
+        });
+        if (plain) add_row(plain, other.plain, features);
+    }
+};
+
 template <class T>
 struct Scan {
     using A = arithmetic<T>;
@@ -26,9 +55,6 @@ struct Scan {
     const T* states[MAX_DEPTHS];
     const A *alpha, *weight;
     A bias;
-    // Of each run, at its first chunk's number (the places between stay empty): the sum over its response tokens and the
-    // attention-weighted sum [N, d], the largest logit and the sum of exp(logit - largest) [N].
-    A *sums, *weighted, *tops, *totals;
 
     // h = sum_k alpha_k H_k of one token, and w . h.
     template <class Known>
@@ -92,56 +118,41 @@ struct Scan {
         add<R, false>(weighted_row, nullptr, scale, p, tile, width, next);
     }
 
-    // Tokens of a run in tiles of one role, so that a NaN in a prompt reaches no mean over responses. Rows are summed by
-    // tile, tiles by chunk, chunks by run: errors of long sums of numbers of one sign grow with each sum's length.
+    // Adds the tokens at begin..end, in tiles of one role, so that a NaN in a prompt reaches no mean over responses. Rows are
+    // summed by tile, tiles by chunk, chunks by run: errors of long sums of numbers of one sign grow with each sum's length.
     template <class Known>
-    void run(Known known, int64_t index, A* tile) const {
+    void add_tokens(Known known, const Chunk& c, int64_t begin, int64_t end, A* tile, ViewSums<A>& to) const {
         const int64_t d = call.features, width = parts(d, LANES) * LANES;
-        const Chunk c = run_at(call.layout, index);
         const A one = 1;
         const A* depth_weights = alpha ? alpha + c.sequence_index * call.depths : &one;
-        A *const run_weighted = weighted + index * d, *const run_sum = alpha ? sums + index * d : nullptr;
-        A *const weighted_row = tile + TILE * width, *const weighted_rest = weighted_row + width;
-        A *const sum_row = alpha ? weighted_rest + width : nullptr, *const sum_rest = weighted_rest + 2 * width;
-        fill_zero(run_weighted, d);
-        if (run_sum) fill_zero(run_sum, d);
-        fill_zero(weighted_row, 4 * width);
-        A top = -INFINITY, run_top = top, logits[TILE];
-        double total = 0;  // of one number a token: fp64 costs nothing
+        A logits[TILE];
         int held = 0;
         int8_t held_role = PADDING;
-        int64_t position = c.begin;
+        int64_t position = begin;
         const auto flush = [&] {
             if (!held) return;
-            const A before = top;
-            for (int r = 0; r < held; ++r) top = logits[r] <= top ? top : logits[r];  // NaN comes through
+            const A before = to.top;
+            for (int r = 0; r < held; ++r) to.top = logits[r] <= to.top ? to.top : logits[r];  // NaN comes through
             // p = exp(logits - top), and the scale of what came before in the lane after them.
             static_assert(TILE < LANES);
             A p[LANES] = {};
-            for (int r = 0; r < held; ++r) p[r] = logits[r] - finite(top);
-            p[TILE] = before - finite(top);
+            for (int r = 0; r < held; ++r) p[r] = logits[r] - finite(to.top);
+            p[TILE] = before - finite(to.top);
             store_pack(p, exp_of_negative(load_pack<Lanes<A>>(p)));
             const A scale = p[TILE];
-            total *= scale;
-            for (int r = 0; r < held; ++r) total += p[r];
-            A* to = held_role == RESPONSE ? sum_row : nullptr;
+            to.total *= scale;
+            for (int r = 0; r < held; ++r) to.total += p[r];
+            A* plain = held_role == RESPONSE ? to.plain : nullptr;
             if (held == TILE) {
                 const bool another = c.end - position >= TILE;  // less would be asked for in vain
                 const int64_t next = another ? c.sequence.slot(position) * d + AHEAD / int64_t(sizeof(T)) : 0;
-                add<TILE>(weighted_row, to, scale, p, tile, width, next);
+                add<TILE>(to.weighted, plain, scale, p, tile, width, next);
             } else {
-                for (int r = 0; r < held; ++r) add<1>(weighted_row, to, r ? A(1) : scale, p + r, tile + r * width, width);
+                for (int r = 0; r < held; ++r) add<1>(to.weighted, plain, r ? A(1) : scale, p + r, tile + r * width, width);
             }
             held = 0;
         };
-        const auto end_chunk = [&] {
-            flush();
-            fold_row(run_weighted, weighted_rest, weighted_row, exp_of_negative(run_top - finite(top)), d);
-            if (run_sum) fold_row(run_sum, sum_rest, sum_row, A(1), d);
-            run_top = top;
-        };
-        for (; position < c.end; ++position) {
-            if (position > c.begin && (position - c.begin) % CHUNK_TOKENS == 0) end_chunk();
+        for (; position < end; ++position) {
             const int64_t slot = c.sequence.slot(position);
             const int8_t role = call.layout.roles[slot];
             if (call.response_only && role != RESPONSE) continue;
@@ -152,67 +163,105 @@ struct Scan {
             if (alpha && slot == c.sequence.last_response)
                 std::memcpy(static_cast<A*>(call.last) + c.sequence_index * d, h, static_cast<std::size_t>(d) * sizeof(A));
         }
-        end_chunk();
-        add_row(run_weighted, weighted_rest, d);
-        if (run_sum) add_row(run_sum, sum_rest, d);
-        tops[index] = top;
-        totals[index] = static_cast<A>(total);
-    }
-
-    // The views of a sequence, from its runs: features begin..end.
-    void combine(int64_t b, int64_t begin, int64_t end) const {
-        const int64_t d = call.features;
-        const Sequence s = sequence_at(call.layout, b);
-        const int64_t first = s.first_chunk, stop = first + chunks_of(s);
-        A top = -INFINITY;
-        double total = 0;
-        for (int64_t c = first; c < stop; c += RUN)
-            if (totals[c] != 0) top = tops[c] <= top ? top : tops[c];
-        for (int64_t c = first; c < stop; c += RUN)
-            if (totals[c] != 0) total += totals[c] * exp_of_negative(tops[c] - top);
-        A* attention = static_cast<A*>(call.attention) + b * d + begin;
-        A* mean = alpha ? static_cast<A*>(call.mean) + b * d + begin : nullptr;
-        fill_zero(attention, end - begin);
-        if (mean) fill_zero(mean, end - begin);
-        for (int64_t c = first; c < stop; c += RUN) {
-            if (mean) add_row(mean, sums + c * d + begin, end - begin);
-            if (totals[c] == 0) continue;  // nothing of it is in the view
-            const auto share = broadcast<Lanes<A>>(exp_of_negative(tops[c] - top));
-            const A* from = weighted + c * d + begin;
-            for_lanes(0, end - begin, [&](int64_t j, auto n) {
-                store(attention + j, multiply_add(load(from + j, n), share, load(attention + j, n)), n);
-            });
-        }
-        const auto whole = broadcast<Lanes<A>>(A(total)), count = broadcast<Lanes<A>>(A(s.responses));
-        for_lanes(0, end - begin, [&](int64_t j, auto n) {
-            store(attention + j, load(attention + j, n) / whole, n);
-            if (mean) store(mean + j, load(mean + j, n) / count, n);
-        });
-        if (!begin) static_cast<A*>(call.log_sum_exp)[b] = top + static_cast<A>(std::log(total));
+        flush();
     }
 };
 
 template <class T>
 void run_views(const Views& call) {
     using A = arithmetic<T>;
-    const int64_t d = call.features, chunks = call.layout.num_chunks, width = parts(d, LANES) * LANES;
-    const int64_t numbers = call.depths * chunks * CHUNK_TOKENS * d;
-    const int threads = threads_for(numbers, chunks, call.threads);
-    const Scratch<A> tiles(threads * (TILE + 4) * width), partial((call.alpha ? 2 : 1) * chunks * d), scalars(2 * chunks);
+    const int64_t d = call.features, chunks = call.layout.num_chunks, tile = TILE * parts(d, LANES) * LANES;
+    const int threads = threads_for(call.depths * chunks * CHUNK_TOKENS * d, chunks, call.threads);
+    const Scratch<A> room(threads * (tile + 2 * d)), rows(2 * chunks * d);
+    const Scratch<ViewSums<A>> sums(chunks);
+    const auto plain = [&](A* row) { return call.alpha ? row : nullptr; };
+    for (int64_t c = 0; c < chunks; ++c) *sums.row(c, 1) = {rows.row(c, d), plain(rows.row(chunks + c, d))};
     Scan<T> scan{call, {}, static_cast<const A*>(call.alpha), static_cast<const A*>(call.weight),
-                 static_cast<const A*>(call.bias)[0], partial.row(1, chunks * d), partial.data(),
-                 scalars.data(), scalars.row(1, chunks)};
+                 static_cast<const A*>(call.bias)[0]};
     for (int64_t k = 0; k < call.depths; ++k) scan.states[k] = static_cast<const T*>(call.states[k]);
+    const Runs runs(call.layout, threads);
     with_depths(call.depths, [&](auto known) {
         parallel_for(chunks, threads, [&](int64_t chunk, int thread) {
-            if (starts_run(call.layout, chunk)) scan.run(known, chunk, tiles.row(thread, (TILE + 4) * width));
+            A *const own = room.row(thread, tile + 2 * d), *const row = own + tile;
+            runs.scan(chunk, sums.data(), {row, plain(row + d)}, d,
+                      [&](const Chunk& c, int64_t begin, int64_t end, ViewSums<A>& to) {
+                          scan.add_tokens(known, c, begin, end, own, to);
+                      });
         });
     });
     const int64_t blocks = parts(d, COMBINED), pieces = call.layout.num_sequences * blocks;
     parallel_for(pieces, threads_for(2 * chunks / RUN * d, pieces, call.threads), [&](int64_t piece, int) {
-        const int64_t begin = piece % blocks * COMBINED;
-        scan.combine(piece / blocks, begin, smaller(begin + COMBINED, d));
+        const int64_t b = piece / blocks, begin = piece % blocks * COMBINED, end = smaller(begin + COMBINED, d);
+        const Sequence s = sequence_at(call.layout, b);
+        A of_run[2][COMBINED];
+        A* attention = static_cast<A*>(call.attention) + b * d + begin;
+        A* mean = call.alpha ? static_cast<A*>(call.mean) + b * d + begin : nullptr;
+        ViewSums<A> whole{attention, mean};
+        runs.combine(s, sums.data(), begin, end, {of_run[0], plain(of_run[1])}, whole);
+        const auto total = broadcast<Lanes<A>>(A(whole.total)), count = broadcast<Lanes<A>>(A(s.responses));
+        for_lanes(0, end - begin, [&](int64_t j, auto n) {
+            store(attention + j, load(attention + j, n) / total, n);
+            if (mean) store(mean + j, load(mean + j, n) / count, n);
+        });
+        if (!begin) static_cast<A*>(call.log_sum_exp)[b] = whole.top + static_cast<A>(std::log(whole.total));
     });
+}
+
+// What the means are made of: sums over prompt tokens and over response tokens; null where nobody wants them.
+template <class A>
+struct RoleSums {
+    A* rows[2];
+
+    void clear(int64_t features) {
+        for (A* row : rows)
+            if (row) fill_zero(row, features);
+    }
+
+    RoleSums from(int64_t feature) const {
+        return {rows[0] ? rows[0] + feature : nullptr, rows[1] ? rows[1] + feature : nullptr};
+    }
+
+    void take(const RoleSums& other, int64_t features) {
+        for (int part = 0; part < 2; ++part)
+            if (rows[part]) add_row(rows[part], other.rows[part], features);
+    }
+};
+
+// Adds the tokens at begin..end, some rows at once.
+template <class T, class A>
+void add_tokens(const Means& call, const Chunk& c, int64_t begin, int64_t end, RoleSums<A>& to) {
+    const int64_t d = call.features;
+    const T* rows[2][TOGETHER];
+    int held[2] = {};
+    const auto flush = [&](int part) {
+        A* row = to.rows[part];
+        if (held[part] == TOGETHER) {
+            const T* from[TOGETHER];
+            for (int r = 0; r < TOGETHER; ++r) from[r] = rows[part][r];
+            const auto ahead = [=](int64_t j) {  // in these rows or the next ones
+                if (sizeof(T) == sizeof(A)) return;  // the processor's own foresight does better
+                const int64_t there = j + MEAN_AHEAD / int64_t(sizeof(T)), at = there < d ? there : there + (TOGETHER - 1) * d;
+                for (int r = 0; r < TOGETHER; ++r) __builtin_prefetch(from[r] + at, 0, READ_ONCE);
+            };
+            for_lines<T>(0, d, ahead, [=](int64_t j, auto n) {
+                Lanes<A> totals[2] = {load(from[0] + j, n), load(from[1] + j, n)};
+                for (int r = 2; r < TOGETHER; ++r) totals[r % 2] += load(from[r] + j, n);
+                store(row + j, load(row + j, n) + (totals[0] + totals[1]), n);
+            });
+        } else {
+            for (int r = 0; r < held[part]; ++r) add_row(row, rows[part][r], d);
+        }
+        held[part] = 0;
+    };
+    for (int64_t position = begin; position < end; ++position) {
+        const int64_t slot = c.sequence.slot(position);
+        const int part = call.layout.roles[slot] == RESPONSE;
+        if (!to.rows[part]) continue;
+        rows[part][held[part]++] = static_cast<const T*>(call.hidden) + slot * d;
+        if (held[part] == TOGETHER) flush(part);
+    }
+    flush(0);
+    flush(1);
 }
 
 template <class T>
@@ -220,59 +269,25 @@ void run_means(const Means& call) {
     using A = arithmetic<T>;
     const Layout& layout = call.layout;
     const int64_t d = call.features, chunks = layout.num_chunks;
-    const bool wanted[] = {call.prompt || call.all, call.response || call.all};
-    const Scratch<A> partial(2 * chunks * d);  // prompt sums, response sums
-    A* sums[] = {partial.data(), partial.row(1, chunks * d)};
-    const T* hidden = static_cast<const T*>(call.hidden);
+    const auto wanted = [&](A* prompt, A* response) -> RoleSums<A> {
+        return {call.prompt || call.all ? prompt : nullptr, call.response || call.all ? response : nullptr};
+    };
     const int threads = threads_for(chunks * CHUNK_TOKENS * d, chunks, call.threads);
-    const Scratch<A> of_chunks(threads * 4 * d);
-    parallel_for(chunks, threads, [&](int64_t index, int thread) {
-        if (!starts_run(layout, index)) return;
-        const Chunk c = run_at(layout, index);
-        A* of_chunk[] = {of_chunks.row(4 * thread, d), of_chunks.row(4 * thread + 1, d)};
-        A* rest[] = {of_chunks.row(4 * thread + 2, d), of_chunks.row(4 * thread + 3, d)};
-        fill_zero(of_chunk[0], 4 * d);
-        for (int part = 0; part < 2; ++part)
-            if (wanted[part]) fill_zero(sums[part] + index * d, d);
-        const T* rows[2][TOGETHER];
-        int held[2] = {};
-        const auto flush = [&](int part) {
-            if (!held[part]) return;
-            A* to = of_chunk[part];
-            for_lanes(0, d, [&](int64_t j, auto n) {
-                auto total = load(rows[part][0] + j, n);
-                for (int r = 1; r < held[part]; ++r) total += load(rows[part][r] + j, n);
-                store(to + j, load(to + j, n) + total, n);
-            });
-            held[part] = 0;
-        };
-        const auto end_chunk = [&] {
-            for (int part = 0; part < 2; ++part) {
-                if (!wanted[part]) continue;
-                flush(part);
-                fold_row(sums[part] + index * d, rest[part], of_chunk[part], A(1), d);
-            }
-        };
-        for (int64_t position = c.begin; position < c.end; ++position) {
-            if (position > c.begin && (position - c.begin) % CHUNK_TOKENS == 0) end_chunk();
-            const int64_t slot = c.sequence.slot(position);
-            const int part = layout.roles[slot] == RESPONSE;
-            if (!wanted[part]) continue;
-            rows[part][held[part]++] = hidden + slot * d;
-            if (held[part] == TOGETHER) flush(part);
-        }
-        end_chunk();
-        for (int part = 0; part < 2; ++part)
-            if (wanted[part]) add_row(sums[part] + index * d, rest[part], d);
+    const Scratch<A> room(threads * 2 * d), rows(2 * chunks * d);
+    const Scratch<RoleSums<A>> sums(chunks);
+    for (int64_t c = 0; c < chunks; ++c) *sums.row(c, 1) = wanted(rows.row(c, d), rows.row(chunks + c, d));
+    const Runs runs(layout, threads);
+    parallel_for(chunks, threads, [&](int64_t chunk, int thread) {
+        runs.scan(chunk, sums.data(), wanted(room.row(2 * thread, d), room.row(2 * thread + 1, d)), d,
+                  [&](const Chunk& c, int64_t begin, int64_t end, RoleSums<A>& to) { add_tokens<T>(call, c, begin, end, to); });
     });
     const int64_t blocks = parts(d, COMBINED), pieces = layout.num_sequences * blocks;
     parallel_for(pieces, threads_for(2 * chunks / RUN * d, pieces, call.threads), [&](int64_t piece, int) {
         const int64_t b = piece / blocks, begin = piece % blocks * COMBINED, width = smaller(COMBINED, d - begin);
         const Sequence s = sequence_at(layout, b);
-        A total[2][COMBINED] = {};
-        for (int part = 0; part < 2; ++part)
-            for (int64_t c = s.first_chunk; wanted[part] && c < s.first_chunk + chunks_of(s); c += RUN)
-                add_row(total[part], sums[part] + c * d + begin, width);
+        A total[2][COMBINED] = {}, of_run[2][COMBINED];
+        RoleSums<A> whole = wanted(total[0], total[1]);
+        runs.combine(s, sums.data(), begin, begin + width, wanted(of_run[0], of_run[1]), whole);
         const auto write = [&](real* to, auto sum_of, int64_t count) {
             if (!to) return;
             A* row = static_cast<A*>(to) + b * d + begin;

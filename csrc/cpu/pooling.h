@@ -62,18 +62,58 @@ inline Chunk chunk_at(const Layout& layout, int64_t chunk) {
     return {b, begin, smaller(begin + CHUNK_TOKENS, s.length()), s};
 }
 
-// The forward sums over runs of chunks: each leaves a sum that is written and read again.
-constexpr int64_t RUN = 4;
+// The forward sums over runs of so many chunks: each run leaves a sum that is written and read again.
+constexpr int64_t RUN = 8;
 
-inline bool starts_run(const Layout& layout, int64_t chunk) {
-    return (chunk - sequence_at(layout, layout.chunks[chunk]).first_chunk) % RUN == 0;
-}
+// A scan's work: runs of chunks. The last ones are cut, that is, each of their chunks is work of its own, so that all threads
+// end together; their sums have the same bits. `Sums` are the rows that are summed, with clear(features), from(feature) for
+// those from a feature on, and take(other, features).
+class Runs {
+public:
+    Runs(const Layout& layout, int threads)
+        : layout_(layout), cut_(threads > 1 ? layout.num_chunks - threads * RUN : layout.num_chunks) {}
 
-inline Chunk run_at(const Layout& layout, int64_t chunk) {
-    Chunk run = chunk_at(layout, chunk);
-    run.end = smaller(run.begin + RUN * CHUNK_TOKENS, run.sequence.length());
-    return run;
-}
+    // The sums over a run, at the number of its first chunk, and over each chunk of a run that is cut. add(tokens, begin, end,
+    // sums) adds the tokens at begin..end of a run or a chunk.
+    template <class Sums, class Add>
+    void scan(int64_t index, Sums* sums, Sums of_chunk, int64_t d, Add add) const {
+        Chunk tokens = chunk_at(layout_, index);
+        const bool first = tokens.begin / CHUNK_TOKENS % RUN == 0;
+        const bool cut = index - tokens.begin / CHUNK_TOKENS % RUN >= cut_;
+        if (!first && !cut) return;
+        Sums& found = sums[index];
+        found.clear(d);
+        if (cut) return add(tokens, tokens.begin, tokens.end, found);
+        tokens.end = smaller(tokens.begin + RUN * CHUNK_TOKENS, tokens.sequence.length());
+        for (int64_t begin = tokens.begin; begin < tokens.end; begin += CHUNK_TOKENS) {
+            Sums sum = of_chunk;
+            sum.clear(d);
+            add(tokens, begin, smaller(begin + CHUNK_TOKENS, tokens.end), sum);
+            found.take(sum, d);
+        }
+    }
+
+    // whole = the sums over a sequence, features begin..end. `of_run` is room for them.
+    template <class Sums>
+    void combine(const Sequence& s, const Sums* sums, int64_t begin, int64_t end, Sums of_run, Sums& whole) const {
+        const int64_t features = end - begin, stop = s.first_chunk + chunks_of(s);
+        whole.clear(features);
+        for (int64_t run = s.first_chunk; run < stop; run += RUN) {
+            if (run < cut_) {
+                whole.take(sums[run].from(begin), features);
+                continue;
+            }
+            Sums sum = of_run;
+            sum.clear(features);
+            for (int64_t chunk = run; chunk < smaller(run + RUN, stop); ++chunk) sum.take(sums[chunk].from(begin), features);
+            whole.take(sum, features);
+        }
+    }
+
+private:
+    const Layout& layout_;
+    int64_t cut_;  // runs from this chunk on are cut
+};
 
 // Tokens that lie together and are read by the same consecutive sequences.
 struct Group {

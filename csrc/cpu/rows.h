@@ -17,20 +17,6 @@ void add_row(A* to, const T* from, int64_t d) {
     for_lanes(0, d, [&](int64_t j, auto n) { store(to + j, load(to + j, n) + load(from + j, n), n); });
 }
 
-// to = to * scale + from, and what rounding took from the sum goes to `rest`; `from` is zero afterwards.
-template <class A>
-void fold_row(A* to, A* rest, A* from, A scale, int64_t d) {
-    const auto scales = broadcast<Lanes<A>>(scale), zero = broadcast<Lanes<A>>(A(0));
-    for_lanes(0, d, [&](int64_t j, auto n) {
-        const Lanes<A> a = load(to + j, n) * scales, b = load(from + j, n), sum = a + b;
-        const Lanes<A> b_of_sum = sum - a, lost = (a - (sum - b_of_sum)) + (b - b_of_sum);
-        store(to + j, sum, n);
-        // Where the sum is infinite, what it lost is NaN.
-        store(rest + j, multiply_add(load(rest + j, n), scales, number_or_zero(lost)), n);
-        store(from + j, zero, n);
-    });
-}
-
 template <class A>
 A dot(const A* a, const A* b, int64_t d) {
     auto total = broadcast<Lanes<A>>(A(0));

@@ -392,18 +392,6 @@ ALWAYS_INLINE Pack<A, N, true> maximum(Pack<A, N, true> a, Pack<A, N, true> b) {
     return {b.v <= a.v ? a.v : b.v};
 }
 
-// x, and 0 for NaN.
-template <class A, int N>
-ALWAYS_INLINE Pack<A, N, false> number_or_zero(Pack<A, N, false> x) {
-    return {number_or_zero(x.low), number_or_zero(x.high)};
-}
-
-template <class A, int N>
-ALWAYS_INLINE Pack<A, N, true> number_or_zero(Pack<A, N, true> x) {
-    using Integer = decltype(x.v == x.v);
-    return {bit_cast<decltype(x.v)>((Integer)(x.v == x.v) & bit_cast<Integer>(x.v))};
-}
-
 // The sum over the lanes: halves first.
 template <class A, int N>
 ALWAYS_INLINE A sum_halves(vector_of<A, N> x) {
