@@ -54,7 +54,6 @@ _TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # triton reads 
 # Forced backend by family. Process-wide on purpose: worker and autograd threads see it, and torch.compile guards on a
 # module global (it cannot trace a ContextVar), so that a compiled function is recompiled when it changes.
 _forced: dict[str, str] = {}
-_logged: set[tuple[str, str]] = set()
 
 
 class Choice(NamedTuple):
@@ -229,8 +228,7 @@ def load(family: str, backend: str) -> ModuleType:
     return importlib.import_module(f"adajudge_kernels.{family}.{_MODULES[backend]}")
 
 
+@functools.cache
 def log_once(operation: str, backend: str) -> None:
     """Log at INFO, once per operation and backend, which backend serves it."""
-    if (operation, backend) not in _logged:
-        _logged.add((operation, backend))
-        logger.info("%s: served by the %s backend", operation, backend)
+    logger.info("%s: served by the %s backend", operation, backend)

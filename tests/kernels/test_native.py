@@ -112,11 +112,16 @@ def test_instruction_sets_that_fuse_give_the_same_bits_row_by_row(
         assert_same_bits(on_every_level(fusing_levels, lambda: run_truth(call, cast(inputs, dtype))))
 
 
+# Runs of chunks: of two threads the last ones are cut, of five more of them, and of one none.
+SEVERAL_RUNS = Batch((600, 0), ((800, 700), (3,)))
+
+
 @pooling
 @pytest.mark.parametrize("kind", ["shared", "padded_right"])
-def test_the_number_of_threads_changes_no_gradient(operation, kind):
-    layout, source = LONG.lay_out(kind)
-    inputs = operation.draw(LONG, 300, 3)
+@pytest.mark.parametrize(("batch", "d"), [(LONG, 300), (SEVERAL_RUNS, 50)], ids=["chunks", "runs"])
+def test_the_number_of_threads_changes_no_bit(operation, batch, d, kind):
+    layout, source = batch.lay_out(kind)
+    inputs = operation.draw(batch, d, 3)
     run = lambda: run_operation(operation, cast(inputs, torch.float32), layout, source)  # noqa: E731
     assert_same_bits(on_several_threads(run))
 
