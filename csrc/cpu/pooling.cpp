@@ -180,7 +180,7 @@ void run_views(const Views& call) {
                  static_cast<const A*>(call.bias)[0]};
     for (int64_t k = 0; k < call.depths; ++k) scan.states[k] = static_cast<const T*>(call.states[k]);
     const Runs runs(call.layout, threads);
-    with_depths(call.depths, [&](auto known) {
+    with_depths<A>(call.depths, [&](auto known) {
         parallel_for(chunks, threads, [&](int64_t chunk, int thread) {
             A *const own = room.row(thread, tile + 2 * d), *const row = own + tile;
             runs.scan(chunk, sums.data(), {row, plain(row + d)}, d,

@@ -11,15 +11,16 @@ using adajudge::Layout;
 using adajudge::MAX_DEPTHS;
 using adajudge::real;
 
-// body(Depths<K>{}) with K = depths known at compile time, or 0 for the many of which that is not worth its code.
+// body(Depths<K>{}) with K = depths known at compile time, or 0 for the many of which that is not worth its code, and for fp64.
 template <int K>
 struct Depths {
     static constexpr int known = K, most = K ? K : MAX_DEPTHS;
 };
 
-template <class Body>
+template <class A, class Body>
 ALWAYS_INLINE auto with_depths(int64_t depths, Body body) {
-    switch (depths) {
+    if constexpr (sizeof(A) == sizeof(double)) return body(Depths<0>{});
+    else switch (depths) {
         case 1: return body(Depths<1>{});
         case 2: return body(Depths<2>{});
         case 3: return body(Depths<3>{});

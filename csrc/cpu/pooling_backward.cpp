@@ -2,14 +2,14 @@
 // that several sequences read get theirs in a second pass, summed over the readers in order.
 #include "pooling.h"
 
+#include <utility>
+
 namespace adajudge::ADAJUDGE_LEVEL {
 namespace {
 
-// What becomes of a token's gradient: nothing, it is stored, or it is stored past the caches.
-enum class Gradient { left, stored, streamed };
-
 constexpr int64_t STREAMED_BYTES = 32 << 20;  // of gradients: more than caches keep until somebody reads them
-constexpr int AHEAD = 1024;                   // bytes of a state that are asked for before they are needed
+constexpr int TILE = 4;                       // tokens that are read together
+constexpr int64_t BLOCK = 512;                // features at a time: what tokens share of them stays in the first cache
 
 template <class T>
 struct ScanBackward {
@@ -20,93 +20,99 @@ struct ScanBackward {
     const A *alpha, *weight, *grad_attention, *attention, *log_sum_exp;
     A bias;
     bool shared;             // whether sequences share prompts: their tokens' gradients are left to `prompt_chunk`
-    bool streaming;          // whether gradients go past the caches
     A *betas, *grad_logits;  // [N * CHUNK_TOKENS] where prompts are shared
     A *grad_alpha_parts;     // [N, K]
     A *grad_weight_parts;    // [N, d]
 
-    // What a chunk's tokens share: alpha [K], g_A and z_A; a row for h - z_A of the token read last; what the last and the
-    // mean view say of a token's gradient: of a prompt token nothing, of a response token g_M / n, of the last one g_L
-    // besides; the sums of dalpha [K] and dw.
+    // What a chunk's tokens share: alpha [K], g_A and z_A; what the last and the mean view say of a token's gradient: of a
+    // prompt token nothing, of a response token g_M / n, of the last one g_L besides; the sums of dalpha [K] and dw.
     struct Work {
         const A *depth_weights, *grad, *pooled;
-        A *h, *prompt, *response, *last, *grad_alpha, *grad_weight;
+        A *prompt, *response, *last;
+        Lanes<A>* grad_alpha;
+        A* grad_weight;
     };
-    static constexpr int ROWS = 4;  // of them a thread's own
+    static constexpr int ROWS = 3;  // of them a thread's own
 
-    // A token that has been read: its slot, what its gradient starts from (a row of `Work`), its beta and dlogit.
+    // A token: what its gradient starts from (a row of `Work`), whether it gets it here (else in `prompt_chunk`, from what is kept
+    // at `place`), and what reading it gives: w . h and g_A . (h - z_A), with h = sum_k alpha_k H_k; then beta and dlogit.
     struct Token {
-        int64_t slot;
+        int64_t slot, place;
         const A* base;
+        bool own;
+        Lanes<A> logit, dot;  // of the features so far
         A beta, grad_logit;
-        bool own;  // else its gradient is left to `prompt_chunk`
     };
 
-    // Reads the token in `slot`, with h = sum_k alpha_k H_k: returns w . h, leaves h - z_A in its row, and g_A times it in
-    // `grad_dot`. Meanwhile the token read before gets its gradient, so that memory reads and writes at once:
+    // Features begin..end of two tokens: READ reads the one, GIVE gives the other one, which has been read before, its gradient,
+    // with STREAM past the caches; both at once, so that memory reads and writes at once:
     // g = base + beta g_A + dlogit w; dH_k = alpha_k g, dalpha_k += g . H_k, dw += dlogit (h - z_A):
     // the dlogit of a sequence sum to zero, and so a mean of its states need not cancel.
-    template <Gradient GRADIENT, class Known>
-    A step(Known, const Work work, int64_t slot, const Token before, A& grad_dot) const {
+    template <bool READ, bool GIVE, bool STREAM, class Known>
+    void step(Known, const Work& work, Token& token, const Token& before, int64_t begin, int64_t end) const {
         const int64_t d = call.features, depths = Known::known ? Known::known : call.depths;
         const T *rows[Known::most], *rows_before[Known::most];
         T* grad_rows[Known::most];
-        Lanes<A> a[Known::most];
+        A a[Known::most];
+        Lanes<A> dots[Known::most];
         for (int k = 0; k < depths; ++k) {
-            rows[k] = states[k] + slot * d;
-            rows_before[k] = states[k] + before.slot * d;
-            grad_rows[k] = grad_states[k] + before.slot * d;
-            a[k] = broadcast<Lanes<A>>(work.depth_weights[k]);
+            if (READ) rows[k] = states[k] + token.slot * d;
+            if (GIVE) rows_before[k] = states[k] + before.slot * d, grad_rows[k] = grad_states[k] + before.slot * d;
+            a[k] = work.depth_weights[k];
+            dots[k] = broadcast<Lanes<A>>(A(0));
         }
         const A *const w = weight, *const grad = work.grad, *const pooled = work.pooled, *const base = before.base;
-        A *const h = work.h, *const grad_weight = work.grad_weight;
-        const auto beta = broadcast<Lanes<A>>(before.beta), grad_logit = broadcast<Lanes<A>>(before.grad_logit);
+        A* const grad_weight = work.grad_weight;
+        const A beta = before.beta, grad_logit = before.grad_logit;
+        const bool own = before.own;
         auto logit = broadcast<Lanes<A>>(A(0)), dot = logit;
-        for_segments(d, [&](int64_t begin, int64_t end) {
-            auto logit_part = broadcast<Lanes<A>>(A(0)), dot_part = logit_part;
-            Lanes<A> dots[Known::most];
-            for (int k = 0; k < depths; ++k) dots[k] = broadcast<Lanes<A>>(A(0));
-            const auto ahead = [&](int64_t j) {  // in this token or the next
-                for (int k = 0; k < depths; ++k) __builtin_prefetch(rows[k] + j + AHEAD / sizeof(T));
-            };
-            for_lines<T>(begin, end, ahead, [&](int64_t j, auto n) {
-                // Loads first: until it is stored, the row of h is that of the token before.
-                const Lanes<A> of_weight = load(w + j, n), of_grad = load(grad + j, n), h_before = load(h + j, n);
-                Lanes<A> x = load(rows[0] + j, n) * a[0];
-                for (int k = 1; k < depths; ++k) x = multiply_add(load(rows[k] + j, n), a[k], x);
-                logit_part = multiply_add(x, of_weight, logit_part);
-                const Lanes<A> centred = x - load(pooled + j, n);
-                dot_part = multiply_add(centred, of_grad, dot_part);
-                const Lanes<A> of_view = multiply_add(of_grad, beta, load(base + j, n));
-                const Lanes<A> g = multiply_add(of_weight, grad_logit, of_view);
-                const Lanes<A> of_grad_weight = multiply_add(h_before, grad_logit, load(grad_weight + j, n));
-                for (int k = 0; k < depths; ++k) dots[k] = multiply_add(g, load(rows_before[k] + j, n), dots[k]);
-                store(h + j, centred, n);
-                store(grad_weight + j, of_grad_weight, n);
-                for (int k = 0; k < depths; ++k) {
-                    if constexpr (GRADIENT == Gradient::streamed) stream(grad_rows[k] + j, g * a[k], n);
-                    if constexpr (GRADIENT == Gradient::stored) store(grad_rows[k] + j, g * a[k], n);
+        const auto ahead = [&, further = end < d ? BLOCK : TILE * d - begin](int64_t j) {  // in this token or the next tile's
+            for (int k = 0; READ && k < depths; ++k) __builtin_prefetch(rows[k] + j + further);
+        };
+        for_whole_lines<T>(begin, end, ahead, [&](int64_t j, auto n) {
+            using P = decltype(load(w + j, n));
+            const auto all = [](A x) { return broadcast<P>(x); };
+            const P of_weight = load(w + j, n), of_grad = load(grad + j, n), of_pooled = load(pooled + j, n);
+            if constexpr (READ) {
+                P h = load(rows[0] + j, n) * all(a[0]);
+                for (int k = 1; k < depths; ++k) h = multiply_add(load(rows[k] + j, n), all(a[k]), h);
+                logit = multiply_add(h, of_weight, logit);
+                dot = multiply_add(h - of_pooled, of_grad, dot);
+            }
+            if constexpr (GIVE) {
+                const P of_views = multiply_add(of_grad, all(beta), load(base + j, n));
+                const P g = multiply_add(of_weight, all(grad_logit), of_views);
+                P state = load(rows_before[0] + j, n), h = state * all(a[0]);
+                dots[0] = multiply_add(g, state, dots[0]);
+                for (int k = 1; k < depths; ++k) {
+                    state = load(rows_before[k] + j, n);
+                    h = multiply_add(state, all(a[k]), h);
+                    dots[k] = multiply_add(g, state, dots[k]);
                 }
-            });
-            logit += logit_part;
-            dot += dot_part;
-            for (int k = 0; k < depths; ++k) work.grad_alpha[k] += sum<A>(dots[k]);
+                store(grad_weight + j, multiply_add(h - of_pooled, all(grad_logit), load(grad_weight + j, n)), n);
+                for (int k = 0; own && k < depths; ++k) {
+                    if constexpr (STREAM) stream(grad_rows[k] + j, g * all(a[k]), n);
+                    else store(grad_rows[k] + j, g * all(a[k]), n);
+                }
+            }
         });
-        grad_dot = sum<A>(dot);
-        return sum<A>(logit);
+        token.logit += logit;
+        token.dot += dot;
+        for (int k = 0; GIVE && k < depths; ++k) work.grad_alpha[k] += dots[k];
     }
 
-    template <class Known>
+    template <bool STREAM, class Known>
     void chunk(Known known, int64_t index, A* rows) const {
         const int64_t d = call.features, depths = call.depths;
         const Chunk c = chunk_at(call.layout, index);
         const int64_t b = c.sequence_index;
+        const auto zero = broadcast<Lanes<A>>(A(0));
         const A one = 1;
+        Lanes<A> grad_alpha[MAX_DEPTHS];
+        for (auto& sum : grad_alpha) sum = zero;
         const Work work{alpha ? alpha + b * depths : &one, grad_attention + b * d, attention + b * d,
-                        rows, rows + d, rows + 2 * d, rows + 3 * d,
-                        grad_alpha_parts + index * depths, grad_weight_parts + index * d};
+                        rows, rows + d, rows + 2 * d, grad_alpha, grad_weight_parts + index * d};
         fill_zero(rows, ROWS * d);
-        fill_zero(work.grad_alpha, depths);
         fill_zero(work.grad_weight, d);
         if (alpha) {
             const A* grad_mean = static_cast<const A*>(call.grad_mean) + b * d;
@@ -118,14 +124,29 @@ struct ScanBackward {
                 store(work.last + j, mean + load(grad_last + j, n), n);
             });
         }
-        Token before{};
-        A grad_dot;
-        const auto read = [&](int64_t slot) {
-            if (!before.own) return step<Gradient::left>(known, work, slot, before, grad_dot);
-            if (streaming) return step<Gradient::streamed>(known, work, slot, before, grad_dot);
-            return step<Gradient::stored>(known, work, slot, before, grad_dot);
+        Token tiles[2][TILE] = {}, *now = tiles[0], *before = tiles[1];
+        int held = 0, given = 0;  // of the tile that is read, and of the tile before it
+        const auto work_on_tile = [&] {
+            for (int64_t begin = 0; begin < d; begin += BLOCK) {
+                const int64_t end = smaller(begin + BLOCK, d);
+                for (int r = 0; r < larger(held, given); ++r) {
+                    if (r >= given) step<true, false, false>(known, work, now[r], before[r], begin, end);
+                    else if (r >= held) step<false, true, STREAM>(known, work, now[r], before[r], begin, end);
+                    else step<true, true, STREAM>(known, work, now[r], before[r], begin, end);
+                }
+            }
+            for (int r = 0; r < held; ++r) {
+                Token& token = now[r];
+                token.beta = exp_of_negative(sum<A>(token.logit) + bias - log_sum_exp[b]);
+                token.grad_logit = token.beta * sum<A>(token.dot);
+                if (token.own) continue;
+                betas[token.place] = token.beta;
+                grad_logits[token.place] = token.grad_logit;
+            }
+            given = held;
+            held = 0;
+            std::swap(now, before);
         };
-        bool any = false;
         for (int64_t position = c.begin; position < c.end; ++position) {
             const int64_t slot = c.sequence.slot(position);
             const bool own = !shared || position >= c.sequence.first(), response = call.layout.roles[slot] == RESPONSE;
@@ -133,19 +154,14 @@ struct ScanBackward {
                 for (int64_t k = 0; own && k < depths; ++k) fill_zero(grad_states[k] + slot * d, d);
                 continue;
             }
-            if (!any) before = {slot, work.prompt, 0, 0, false};  // the first follows a token without a gradient
-            const A logit = read(slot) + bias, beta = exp_of_negative(logit - log_sum_exp[b]);
-            if (!any) fill_zero(work.grad_alpha, depths);  // whose products with infinite states are NaN
-            any = true;
+            if (held == TILE) work_on_tile();
             const A* base = slot == c.sequence.last_response ? work.last : response ? work.response : work.prompt;
-            before = {slot, base, beta, beta * grad_dot, own};
-            if (!own) {
-                betas[index * CHUNK_TOKENS + position - c.begin] = beta;
-                grad_logits[index * CHUNK_TOKENS + position - c.begin] = before.grad_logit;
-            }
+            now[held++] = {slot, index * CHUNK_TOKENS + position - c.begin, base, own, zero, zero, 0, 0};
         }
-        if (any) read(before.slot);  // once more, for its gradient
-        if (streaming) streamed();
+        work_on_tile();
+        work_on_tile();  // nothing is left to read: the last tokens' gradients
+        for (int64_t k = 0; k < depths; ++k) grad_alpha_parts[index * depths + k] = sum<A>(grad_alpha[k]);
+        if (STREAM) streamed();
     }
 
     // dH_k = sum over readers of alpha_k (beta g_A + dlogit w), for a chunk of a prompt's tokens.
@@ -187,18 +203,19 @@ void run_views_backward(const ViewsBackward& call) {
     const Scratch<A> grad_alpha(chunks * depths), grad_weight(chunks * d);
     ScanBackward<T> scan{call, {}, {}, static_cast<const A*>(call.alpha), static_cast<const A*>(call.weight),
                          static_cast<const A*>(call.grad_attention), static_cast<const A*>(call.attention),
-                         static_cast<const A*>(call.log_sum_exp), static_cast<const A*>(call.bias)[0], shared, false,
+                         static_cast<const A*>(call.log_sum_exp), static_cast<const A*>(call.bias)[0], shared,
                          per_token.data(), per_token.row(1, chunks * CHUNK_TOKENS), grad_alpha.data(),
                          grad_weight.data()};
     for (int64_t k = 0; k < depths; ++k) {
         scan.states[k] = static_cast<const T*>(call.states[k]);
         scan.grad_states[k] = static_cast<T*>(call.grad_states[k]);
     }
-    scan.streaming = depths * layout.num_tokens * d * int64_t(sizeof(T)) >= STREAMED_BYTES && d % LANES == 0;
-    for (int64_t k = 0; k < depths; ++k) scan.streaming = scan.streaming && streamable(scan.grad_states[k]);
-    with_depths(depths, [&](auto known) {
+    bool streaming = depths * layout.num_tokens * d * int64_t(sizeof(T)) >= STREAMED_BYTES && d * sizeof(T) % CACHE_LINE == 0;
+    for (int64_t k = 0; k < depths; ++k) streaming = streaming && streamable(scan.grad_states[k]);
+    with_depths<A>(depths, [&](auto known) {
         parallel_for(chunks, threads, [&](int64_t chunk, int thread) {
-            scan.chunk(known, chunk, rows.row(thread, ScanBackward<T>::ROWS * d));
+            A* own = rows.row(thread, ScanBackward<T>::ROWS * d);
+            streaming ? scan.template chunk<true>(known, chunk, own) : scan.template chunk<false>(known, chunk, own);
         });
     });
     if (shared) {

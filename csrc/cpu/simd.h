@@ -119,6 +119,12 @@ ALWAYS_INLINE Pack<A, N, true> multiply_add(Pack<A, N, true> a, Pack<A, N, true>
 #endif
 }
 
+// The products of twice as many lanes are added to the sums one half after the other.
+template <class A, int N, bool ONE>
+ALWAYS_INLINE Pack<A, N, ONE> multiply_add(Pack<A, 2 * N, false> a, Pack<A, 2 * N, false> b, Pack<A, N, ONE> sums) {
+    return multiply_add(a.high, b.high, multiply_add(a.low, b.low, sums));
+}
+
 // All lanes x.
 template <class P, class A>
 ALWAYS_INLINE P broadcast(A x) {
@@ -165,26 +171,25 @@ ALWAYS_INLINE vector_of<float, N> widen(const bf16* from) {
     return bit_cast<vector_of<float, N>>(bits << 16);
 }
 
-// The upper half of each fp32 number after rounding, as an integer that fits in 16 bits.
+// Rounded: the upper half of each number is its bf16.
 template <int N>
 ALWAYS_INLINE vector_of<int32_t, N> rounded_to_bf16(vector_of<float, N> x) {
     using U = vector_of<uint32_t, N>;
-    using I = vector_of<int32_t, N>;
     const U bits = bit_cast<U>(x);
     const U rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-    return bit_cast<I>(select<U>((U)(x != x), bits | 0x400000u, rounded)) >> 16;  // NaN stays NaN
+    return bit_cast<vector_of<int32_t, N>>(x == x ? rounded : bits | 0x400000u);  // NaN stays NaN
 }
 
 template <int N>
 ALWAYS_INLINE void narrow(bf16* to, vector_of<float, N> x) {
 #if defined(__AVX512F__)
     if constexpr (N == 16) {
-        const __m256i out = _mm512_maskz_cvtepi32_epi16(0xffff, bit_cast<__m512i>(rounded_to_bf16<N>(x)));
+        const __m256i out = _mm512_maskz_cvtepi32_epi16(0xffff, bit_cast<__m512i>(rounded_to_bf16<N>(x) >> 16));
         std::memcpy(to, &out, sizeof out);
         return;
     }
 #endif
-    const auto out = __builtin_convertvector(rounded_to_bf16<N>(x), vector_of<int16_t, N>);
+    const auto out = __builtin_convertvector(rounded_to_bf16<N>(x) >> 16, vector_of<int16_t, N>);
     std::memcpy(to, &out, sizeof out);
 }
 
@@ -259,23 +264,28 @@ ALWAYS_INLINE void store_pack(T* to, P x) {
     }
 }
 
-#if defined(__x86_64__) && !defined(__AVX512F__)
+#if defined(__x86_64__)
 // Two registers of 32-bit integers become one of 16-bit integers: compilers make much more of it.
 ALWAYS_INLINE void store_pack(bf16* to, Pack<float, REGISTER_BYTES / 2, false> x) {
     constexpr int N = REGISTER_BYTES / 4;
     const auto low = rounded_to_bf16<N>(x.low.v), high = rounded_to_bf16<N>(x.high.v);
-#if defined(__AVX2__)
-    const __m256i halves = _mm256_packs_epi32(bit_cast<__m256i>(low), bit_cast<__m256i>(high));
+#if defined(__AVX512F__)
+    alignas(64) static constexpr uint16_t UPPER[] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                     33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    const __m512i out = _mm512_permutex2var_epi16(bit_cast<__m512i>(low), read<__m512i>(UPPER), bit_cast<__m512i>(high));
+#elif defined(__AVX2__)
+    const __m256i halves = _mm256_packs_epi32(bit_cast<__m256i>(low >> 16), bit_cast<__m256i>(high >> 16));
     const __m256i out = _mm256_permute4x64_epi64(halves, 0xd8);  // packed within 128 bits: put the quarters in order
 #else
-    const __m128i out = _mm_packs_epi32(bit_cast<__m128i>(low), bit_cast<__m128i>(high));
+    const __m128i out = _mm_packs_epi32(bit_cast<__m128i>(low >> 16), bit_cast<__m128i>(high >> 16));
 #endif
     std::memcpy(to, &out, sizeof out);
 }
 #endif
 
-// How many of the sixteen lanes a step of a row has: all of them, or the rest of a row.
+// How many of the sixteen lanes a step of a row has: all of them, twice as many, or the rest of a row.
 struct All {};
+struct Twice {};
 struct Rest {
     int count;
 };
@@ -286,14 +296,19 @@ ALWAYS_INLINE Lanes<arithmetic<T>> load(const T* from, All) {
 }
 
 template <class T>
+ALWAYS_INLINE Pack<arithmetic<T>, 2 * LANES> load(const T* from, Twice) {
+    return load_pack<Pack<arithmetic<T>, 2 * LANES>>(from);
+}
+
+template <class T>
 ALWAYS_INLINE Lanes<arithmetic<T>> load(const T* from, Rest rest) {  // zeros after the row's end
     T held[LANES] = {};
     std::memcpy(held, from, rest.count * sizeof(T));
     return load_pack<Lanes<arithmetic<T>>>(held);
 }
 
-template <class T>
-ALWAYS_INLINE void store(T* to, Lanes<arithmetic<T>> x, All) {
+template <class T, class P, class Whole>
+ALWAYS_INLINE void store(T* to, P x, Whole) {
     store_pack(to, x);
 }
 
@@ -304,14 +319,14 @@ ALWAYS_INLINE void store(T* to, Lanes<arithmetic<T>> x, Rest rest) {
     std::memcpy(to, held, rest.count * sizeof(T));
 }
 
-// A store that goes past the caches, for what nobody reads soon: memory need not be read before it is written. `to` at a
-// multiple of the sixteen numbers' size (`streamable`); after the last one `streamed`.
-template <class T>
-ALWAYS_INLINE void stream(T* to, Lanes<arithmetic<T>> x) {
+// A store that goes past the caches, for what nobody reads soon: memory need not be read before it is written. `to` is at a
+// multiple of what is stored: in rows of whole cache lines, of which the first is `streamable`. After the last one `streamed`.
+template <class T, class P, class Whole>
+ALWAYS_INLINE void stream(T* to, P x, Whole) {
 #if defined(__x86_64__)
-    alignas(64) T held[LANES];
+    alignas(64) T held[P::lanes];
     store_pack(held, x);
-    constexpr int BYTES = LANES * sizeof(T);
+    constexpr int BYTES = P::lanes * sizeof(T);
     constexpr int STEP = BYTES < REGISTER_BYTES ? BYTES : REGISTER_BYTES;
     char *place = reinterpret_cast<char*>(to), *from = reinterpret_cast<char*>(held);
     for (int i = 0; i < BYTES; i += STEP) {
@@ -329,19 +344,11 @@ ALWAYS_INLINE void stream(T* to, Lanes<arithmetic<T>> x) {
 }
 
 template <class T>
-ALWAYS_INLINE void stream(T* to, Lanes<arithmetic<T>> x, All) {
-    stream(to, x);
-}
-
-template <class T>
 ALWAYS_INLINE void stream(T* to, Lanes<arithmetic<T>> x, Rest rest) {
     store(to, x, rest);
 }
 
-template <class T>
-ALWAYS_INLINE bool streamable(const T* to) {
-    return reinterpret_cast<uintptr_t>(to) % (LANES * sizeof(T)) == 0;
-}
+ALWAYS_INLINE bool streamable(const void* to) { return reinterpret_cast<uintptr_t>(to) % CACHE_LINE == 0; }
 
 ALWAYS_INLINE void streamed() {
 #if defined(__x86_64__)
@@ -368,6 +375,22 @@ ALWAYS_INLINE void for_lines(int64_t begin, int64_t end, Ahead ahead, Body body)
         for (int64_t i = j; i < j + LINE; i += LANES) body(i, All{});
     }
     for_lanes(j, end, body);
+}
+
+// The same with a whole cache line of 16-bit numbers at once, Twice, where sixteen lanes are one register: two of them become one
+// where they are stored. Sums have the same bits.
+template <class T, class Ahead, class Body>
+ALWAYS_INLINE void for_whole_lines(int64_t begin, int64_t end, Ahead ahead, Body body) {
+    if constexpr (sizeof(T) == 2 && LANES * sizeof(arithmetic<T>) == REGISTER_BYTES) {
+        int64_t j = begin;
+        for (; j + 2 * LANES <= end; j += 2 * LANES) {
+            ahead(j);
+            body(j, Twice{});
+        }
+        for_lanes(j, end, body);
+    } else {
+        for_lines<T>(begin, end, ahead, body);
+    }
 }
 
 // body(begin, end) for pieces of a row: a sum of each piece first keeps long sums accurate. Shorter pieces cost several per

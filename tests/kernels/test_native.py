@@ -163,9 +163,10 @@ def test_where_the_states_lie_changes_no_gradient(dtype):
 
 
 @dtypes
-def test_gradients_past_the_caches_are_those_of_each_sequence_alone(dtype, levels):
-    """Large ones are stored another way; those of a sequence alone are small."""
-    lengths, d, depths = [900, 1, 1250, 700], 1024, 6
+@pytest.mark.parametrize("d", [1024, 1040], ids=["whole cache lines", "parts of cache lines"])
+def test_gradients_past_the_caches_are_those_of_each_sequence_alone(d, dtype, levels):
+    """Large ones are stored another way where their rows allow it; those of a sequence alone are small."""
+    lengths, depths = [900, 1, 1250, 700], 6
     layout = ak.SequenceLayout.packed([0] * 4, lengths)
     states = [torch.randn(sum(lengths), d).to(dtype) for _ in range(depths)]
     assert depths * states[0].nbytes >= 32 << 20
