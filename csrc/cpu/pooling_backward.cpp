@@ -10,6 +10,7 @@ namespace {
 constexpr int64_t STREAMED_BYTES = 32 << 20;  // of gradients: more than caches keep until somebody reads them
 constexpr int TILE = 4;                       // tokens that are read together
 constexpr int64_t BLOCK = 512;                // features at a time: what tokens share of them stays in the first cache
+static_assert(ROW_SEGMENT % BLOCK == 0);      // logits are summed as in the forward: beta is what it was there
 
 template <class T>
 struct ScanBackward {
@@ -40,7 +41,7 @@ struct ScanBackward {
         int64_t slot, place;
         const A* base;
         bool own;
-        Lanes<A> logit, dot;  // of the features so far
+        Lanes<A> logit, segment, dot;  // of the features so far; of those of the segment they are in
         A beta, grad_logit;
     };
 
@@ -65,7 +66,7 @@ struct ScanBackward {
         A* const grad_weight = work.grad_weight;
         const A beta = before.beta, grad_logit = before.grad_logit;
         const bool own = before.own;
-        auto logit = broadcast<Lanes<A>>(A(0)), dot = logit;
+        auto logit = token.segment, dot = broadcast<Lanes<A>>(A(0));
         const auto ahead = [&, further = end < d ? BLOCK : TILE * d - begin](int64_t j) {  // in this token or the next tile's
             for (int k = 0; READ && k < depths; ++k) __builtin_prefetch(rows[k] + j + further);
         };
@@ -96,7 +97,9 @@ struct ScanBackward {
                 }
             }
         });
-        token.logit += logit;
+        const bool ends = end == d || end % ROW_SEGMENT == 0;
+        if (ends) token.logit += logit;
+        token.segment = ends ? broadcast<Lanes<A>>(A(0)) : logit;
         token.dot += dot;
         for (int k = 0; GIVE && k < depths; ++k) work.grad_alpha[k] += dots[k];
     }
@@ -156,7 +159,7 @@ struct ScanBackward {
             }
             if (held == TILE) work_on_tile();
             const A* base = slot == c.sequence.last_response ? work.last : response ? work.response : work.prompt;
-            now[held++] = {slot, index * CHUNK_TOKENS + position - c.begin, base, own, zero, zero, 0, 0};
+            now[held++] = {slot, index * CHUNK_TOKENS + position - c.begin, base, own, zero, zero, zero, 0, 0};
         }
         work_on_tile();
         work_on_tile();  // nothing is left to read: the last tokens' gradients

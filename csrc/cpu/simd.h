@@ -393,13 +393,14 @@ ALWAYS_INLINE void for_whole_lines(int64_t begin, int64_t end, Ahead ahead, Body
     }
 }
 
+constexpr int64_t ROW_SEGMENT = 2048;  // features
+
 // body(begin, end) for pieces of a row: a sum of each piece first keeps long sums accurate. Shorter pieces cost several per
 // cent: processors do not foresee where their loops end.
 template <class Body>
 ALWAYS_INLINE void for_segments(int64_t count, Body body) {
-    constexpr int64_t SEGMENT = 2048;
-    for (int64_t begin = 0; begin < count; begin += SEGMENT)
-        body(begin, begin + SEGMENT < count ? begin + SEGMENT : count);
+    for (int64_t begin = 0; begin < count; begin += ROW_SEGMENT)
+        body(begin, begin + ROW_SEGMENT < count ? begin + ROW_SEGMENT : count);
 }
 
 // -- Functions -------------------------------------------------------------------------------------------------

@@ -186,6 +186,18 @@ def test_gradients_past_the_caches_are_those_of_each_sequence_alone(d, dtype, le
             assert all(torch.equal(x[rows], y) for x, y in zip(whole, alone, strict=True))
 
 
+@pytest.mark.parametrize("d", [700, 5000])
+def test_a_token_read_alone_gets_the_views_gradient_as_it_is(d):
+    """Its weight is exactly 1, however large its logit: the backward sums it as the forward does."""
+    hidden, weight, grad = torch.randn(16, d) + 1, 100 * torch.rand(d), torch.randn(8, d)
+    layout = ak.SequenceLayout.packed([1] * 8, [1] * 8)
+    hidden.requires_grad_()
+    with ak.use_backend("cpu"):
+        pooled = ak.attention_pool(hidden, weight, torch.zeros(1), layout, tokens="response")
+        pooled.backward(grad)
+    assert torch.equal(hidden.grad[1::2], grad)
+
+
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 
 
