@@ -288,8 +288,10 @@ PYBIND11_MODULE(_native, m) {
 #if !defined(ADAJUDGE_EMULATED)
     define_levels(m);
 #endif
-    m.def("environment", [](const char* name) { return std::getenv(name); }, py::arg("name"),
-          "An environment variable's value, None where it is not set.");
+    m.def("environment", [](const char* name) -> py::object {
+        const char* value = std::getenv(name);
+        return value ? py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefault(value)) : py::none();
+    }, py::arg("name"), "An environment variable's value, None where it is not set.");
     define_cuda(m);
     define_pooling(m);
     define_refinement(m);

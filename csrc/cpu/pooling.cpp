@@ -28,6 +28,8 @@ struct ViewSums {
     double total = 0;      // of exp(logit - top): of one number a token, fp64 costs nothing
 
     void clear(int64_t features) {
+        top = -INFINITY;
+        total = 0;
         fill_zero(weighted, features);
         if (plain) fill_zero(plain, features);
     }

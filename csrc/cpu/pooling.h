@@ -79,9 +79,9 @@ public:
     template <class Sums, class Add>
     void scan(int64_t index, Sums* sums, Sums of_chunk, int64_t d, Add add) const {
         Chunk tokens = chunk_at(layout_, index);
-        const bool first = tokens.begin / CHUNK_TOKENS % RUN == 0;
-        const bool cut = index - tokens.begin / CHUNK_TOKENS % RUN >= cut_;
-        if (!first && !cut) return;
+        const int64_t place = tokens.begin / CHUNK_TOKENS % RUN;  // in its run
+        const bool cut = index - place >= cut_;
+        if (place && !cut) return;
         Sums& found = sums[index];
         found.clear(d);
         if (cut) return add(tokens, tokens.begin, tokens.end, found);

@@ -67,7 +67,7 @@ struct ScanBackward {
         const A beta = before.beta, grad_logit = before.grad_logit;
         const bool own = before.own;
         auto logit = token.segment, dot = broadcast<Lanes<A>>(A(0));
-        const auto ahead = [&, further = end < d ? BLOCK : TILE * d - begin](int64_t j) {  // in this token or the next tile's
+        const auto ahead = [&, further = end < d ? BLOCK : TILE * d - begin](int64_t j) {  // in its next block, or its place in the next tile
             for (int k = 0; READ && k < depths; ++k) __builtin_prefetch(rows[k] + j + further);
         };
         for_whole_lines<T>(begin, end, ahead, [&](int64_t j, auto n) {

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -309,6 +310,7 @@ ALWAYS_INLINE Lanes<arithmetic<T>> load(const T* from, Rest rest) {  // zeros af
 
 template <class T, class P, class Whole>
 ALWAYS_INLINE void store(T* to, P x, Whole) {
+    static_assert(!std::is_same_v<Whole, Rest>, "the rest of a row is of sixteen lanes at most");
     store_pack(to, x);
 }
 
@@ -323,6 +325,7 @@ ALWAYS_INLINE void store(T* to, Lanes<arithmetic<T>> x, Rest rest) {
 // multiple of what is stored: in rows of whole cache lines, of which the first is `streamable`. After the last one `streamed`.
 template <class T, class P, class Whole>
 ALWAYS_INLINE void stream(T* to, P x, Whole) {
+    static_assert(!std::is_same_v<Whole, Rest>, "the rest of a row is of sixteen lanes at most");
 #if defined(__x86_64__)
     alignas(64) T held[P::lanes];
     store_pack(held, x);

@@ -1,5 +1,6 @@
 """Which backend serves a call: forced, automatic, logged, never silently replaced."""
 
+import os
 import json
 import logging
 import subprocess
@@ -44,6 +45,12 @@ def test_use_backend_wins_over_the_environment(monkeypatch):
     with ak.use_backend("reference"):
         assert backends.choose_backend(CPU, "pooling").reason == "forced by use_backend"
     with pytest.raises(ValueError, match="ADAJUDGE_BACKEND=nonsense: unknown backend"):
+        backends.choose_backend(CPU, "pooling")
+
+
+def test_a_name_that_is_no_text_is_refused_as_any_other(monkeypatch):
+    monkeypatch.setenv("ADAJUDGE_BACKEND", os.fsdecode(b"\xff"))
+    with pytest.raises(ValueError, match=r"ADAJUDGE_BACKEND=.*: unknown backend"):
         backends.choose_backend(CPU, "pooling")
 
 
