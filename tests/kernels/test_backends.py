@@ -1,8 +1,8 @@
 """Which backend serves a call: forced, automatic, logged, never silently replaced."""
 
-import os
 import json
 import logging
+import os
 import subprocess
 import sys
 import threading
