@@ -67,7 +67,8 @@ struct ScanBackward {
         const A beta = before.beta, grad_logit = before.grad_logit;
         const bool own = before.own;
         auto logit = token.segment, dot = broadcast<Lanes<A>>(A(0));
-        const auto ahead = [&, further = end < d ? BLOCK : TILE * d - begin](int64_t j) {  // in its next block, or its place in the next tile
+        const int64_t further = end < d ? BLOCK : TILE * d - begin;  // its next block, or its place in the next tile
+        const auto ahead = [&](int64_t j) {
             for (int k = 0; READ && k < depths; ++k) __builtin_prefetch(rows[k] + j + further);
         };
         for_whole_lines<T>(begin, end, ahead, [&](int64_t j, auto n) {
