@@ -7,13 +7,29 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
+from adajudge_kernels import compiled
 from adajudge_kernels.layout import SequenceLayout
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_DEPTHS = 8
 MAX_FEATURES = 16384
 MAX_WIDTH = 1 << 20  # of hidden layers
+
+
+def fit(layout: object, form: str, *arguments: object) -> bool:
+    """Whether a layout and the arguments beside it would pass these checks, in a tenth of their time.
+
+    `form` has a word for each argument and a letter for each of its dimensions, ``"Td Kd K"``: T and B are the layout's, any
+    other letter is one size wherever it stands, 1 is 1. A list of tensors of one dtype has a letter for their number. False
+    is no verdict: then the checks say what is wrong, if anything.
+    """
+    if is_dynamo_compiling() or compiled.module is None:
+        return False
+    if type(layout) is not SequenceLayout or layout.tables is None:
+        return False
+    return compiled.module.fit(layout.tables.native, form, *arguments)
 
 
 def check_layout(layout: object) -> None:

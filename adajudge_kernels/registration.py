@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active as functorch_transforms_active
+from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
 from torch._C import _len_torch_dispatch_stack as dispatch_modes
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
@@ -144,7 +145,7 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
         @functools.wraps(body)
         def run(*args: Any, **kwargs: Any) -> Any:
             backends.log_once(operation_name, args[-1] if args else kwargs["backend"])
-            if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+            if not is_any_autocast_enabled():
                 return body(*args, **kwargs)
             with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
                 return body(*args, **kwargs)

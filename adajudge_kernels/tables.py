@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from adajudge_kernels import compiled
 
 CHUNK_TOKENS = 64
 """Kernels cut a run of tokens into chunks of this many, counted from the run's own start."""
@@ -40,7 +43,12 @@ class LayoutTables(_LayoutTables):
         return tables if isinstance(tables, cls) else cls(*tables)
 
     def __getstate__(self) -> None:
-        """Nothing but the tables is copied: what a backend keeps with them is of their addresses."""
+        """Nothing but the tables is copied."""
+
+    @cached_property
+    def native(self) -> Any:
+        """The compiled module's view of the tables."""
+        return compiled.module.Layout(self)
 
     @property
     def ranges(self) -> Tensor:

@@ -16,7 +16,8 @@ namespace adajudge {
 enum class Dtype { float64, float32, bfloat16, float16 };
 
 constexpr int CHUNK_TOKENS = 64;  // as in adajudge_kernels/tables.py
-constexpr int MAX_DEPTHS = 8;
+constexpr int MAX_DEPTHS = 8;     // as in adajudge_kernels/arguments.py
+constexpr int MAX_FEATURES = 16384;
 
 using real = void;  // float or double, as the call's Dtype says
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from adajudge_kernels import compiled
-from adajudge_kernels.compiled import address, small, stored
 from adajudge_kernels.registration import arithmetic_dtype
 
 
@@ -30,25 +28,20 @@ def focal_bradley_terry_loss_forward(
         chosen.new_empty(x.shape if want and x is not None else 0, dtype=acc)
         for x, want in zip(given, wanted, strict=True)
     )
-    chosen, rejected = small(chosen, acc), small(rejected, acc)
-    pair_weight, view_weights = (None if x is None else small(x, acc) for x in (pair_weight, view_weights))
     compiled.run(
         "loss",
         loss,
-        acc == torch.float64,
-        chosen.shape[0],
-        0 if view_weights is None else view_weights.shape[0],
         gamma,
         temperature,
         entropy_floor,
         entropy_weight,
-        stored(chosen),
-        stored(rejected),
-        stored(pair_weight),
-        stored(view_weights),
-        address(loss),
+        chosen,
+        rejected,
+        pair_weight,
+        view_weights,
+        loss,
         *(
-            address(x) if want else 0
+            x if want else None
             for x, want in zip((dchosen, dpair_weight, dview_weights), wanted, strict=True)
         ),
     )

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from adajudge_kernels import compiled
-from adajudge_kernels.compiled import address, contiguous, dtype_code, layout_of, small, stored
 from adajudge_kernels.registration import arithmetic_dtype
 from adajudge_kernels.tables import LayoutTables
 
@@ -20,20 +19,8 @@ def depth_gate_forward(
     acc, batch, (depths, d) = arithmetic_dtype(hidden.dtype), tables.sequences.shape[0], weight.shape
     alpha = hidden.new_empty(batch, depths, dtype=acc)
     prompt_mean, context = (hidden.new_empty(batch, d, dtype=acc) for _ in range(2))
-    weight, bias = small(weight, acc), small(bias, acc)
     _means(hidden, tables, prompt=prompt_mean, everything=context)
-    compiled.run(
-        "depth_weights",
-        hidden,
-        dtype_code(acc),
-        batch,
-        d,
-        depths,
-        address(context),
-        stored(weight),
-        stored(bias),
-        address(alpha),
-    )
+    compiled.run("depth_weights", hidden, context, weight, bias, alpha)
     return alpha, prompt_mean, context
 
 
@@ -84,9 +71,10 @@ def multi_view_pool_backward(
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """Gradients of the states, the depth weights, the attention weight and bias (whose gradient is zero)."""
     dalpha = attention.new_empty(depth_weights.shape)
-    grads = contiguous(grad_last), contiguous(grad_mean)
     call = weight, bias, attention, log_sum_exp, tables, response_only
-    dstates, dweight = _views_backward(grad_attention, states, *call, (depth_weights, dalpha, *grads))
+    dstates, dweight = _views_backward(
+        grad_attention, states, *call, (depth_weights, dalpha, grad_last, grad_mean)
+    )
     return dstates, dalpha, dweight, dweight.new_zeros(1)
 
 
@@ -118,27 +106,22 @@ def _views(
     mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The attention view and its log-sum-exp; the other two where they have a place to go to."""
-    states = [contiguous(x) for x in states]
     first = states[0]
     acc, batch, d = arithmetic_dtype(first.dtype), tables.sequences.shape[0], first.shape[1]
-    alpha = None if depth_weights is None else small(depth_weights, acc)
-    weight, bias = small(weight, acc), small(bias, acc)
     attention, log_sum_exp = first.new_empty(batch, d, dtype=acc), first.new_empty(batch, dtype=acc)
     compiled.run(
         "views",
         first,
-        dtype_code(first.dtype),
-        layout_of(tables),
-        d,
+        tables.native,
         response_only,
-        [x.data_ptr() for x in states],
-        stored(alpha),
-        stored(weight),
-        stored(bias),
-        address(last),
-        address(mean),
-        address(attention),
-        address(log_sum_exp),
+        states,
+        depth_weights,
+        weight,
+        bias,
+        last,
+        mean,
+        attention,
+        log_sum_exp,
     )
     return attention, log_sum_exp
 
@@ -151,18 +134,7 @@ def _means(
     everything: Tensor | None = None,
 ) -> None:
     """Write the means that have a place to go to."""
-    hidden = contiguous(hidden)
-    compiled.run(
-        "means",
-        hidden,
-        dtype_code(hidden.dtype),
-        layout_of(tables),
-        hidden.shape[1],
-        address(hidden),
-        address(prompt),
-        address(response),
-        address(everything),
-    )
+    compiled.run("means", hidden, tables.native, hidden, prompt, response, everything)
 
 
 def _views_backward(
@@ -180,32 +152,25 @@ def _views_backward(
 
     `others`, where there are three views: the depth weights, where their gradient goes, and the gradients of last and mean.
     """
-    states, acc = [contiguous(x) for x in states], attention.dtype
     depth_weights, dalpha, grad_last, grad_mean = others or (None,) * 4
-    alpha = None if depth_weights is None else small(depth_weights, acc)
-    weight, bias, grad_attention = small(weight, acc), small(bias, acc), contiguous(grad_attention)
-    # They were saved, and a hook may have moved them.
-    attention, log_sum_exp = contiguous(attention), contiguous(log_sum_exp)
-    dstates, dweight = [torch.empty_like(x) for x in states], attention.new_empty(weight.shape)
+    dstates, dweight = [x.new_empty(x.shape) for x in states], attention.new_empty(weight.shape)
     compiled.run(
         "views_backward",
         states[0],
-        dtype_code(states[0].dtype),
-        layout_of(tables),
-        states[0].shape[1],
+        tables.native,
         response_only,
-        address(grad_last),
-        address(grad_mean),
-        address(grad_attention),
-        [x.data_ptr() for x in states],
-        stored(alpha),
-        stored(weight),
-        stored(bias),
-        address(attention),
-        address(log_sum_exp),
-        [x.data_ptr() for x in dstates],
-        address(dalpha),
-        address(dweight),
+        grad_last,
+        grad_mean,
+        grad_attention,
+        states,
+        depth_weights,
+        weight,
+        bias,
+        attention,
+        log_sum_exp,
+        dstates,
+        dalpha,
+        dweight,
     )
     return dstates, dweight
 
@@ -219,16 +184,8 @@ def spread_means(
     everything: Tensor | None = None,
 ) -> Tensor:
     """``[T, d]`` from the gradients ``[B, d]`` of the means that were taken."""
-    grads = [None if x is None else contiguous(x) for x in (prompt, response, everything)]
+    grads = prompt, response, everything
     given = next(x for x in grads if x is not None)
     out = given.new_empty(tables.roles.shape[0], given.shape[1], dtype=dtype)
-    compiled.run(
-        "spread_means",
-        out,
-        dtype_code(dtype),
-        layout_of(tables),
-        out.shape[1],
-        *(address(x) for x in grads),
-        address(out),
-    )
+    compiled.run("spread_means", out, tables.native, *grads, out)
     return out

@@ -16,6 +16,7 @@ from adajudge_kernels.arguments import (
     check_layout,
     check_like,
     check_states,
+    fit,
 )
 from adajudge_kernels.layout import LayoutTables, SequenceLayout
 from adajudge_kernels.registration import arithmetic_dtype, fresh, operator, or_zeros
@@ -68,12 +69,13 @@ def depth_gate(hidden: Tensor, weight: Tensor, bias: Tensor, layout: SequenceLay
     Raises:
         ValueError: an argument of the wrong shape, dtype or device; it names the argument.
     """
-    check_layout(layout)
-    check_states("hidden", hidden, layout)
-    check_depths("weight", weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 2 else 1)
-    depths = weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 2 else MAX_DEPTHS
-    check_like("weight", weight, (depths, hidden.shape[1]), hidden, "hidden")
-    check_like("bias", bias, (depths,), hidden, "hidden")
+    if not fit(layout, "Td Kd K", hidden, weight, bias):
+        check_layout(layout)
+        check_states("hidden", hidden, layout)
+        check_depths("weight", weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 2 else 1)
+        depths = weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 2 else MAX_DEPTHS
+        check_like("weight", weight, (depths, hidden.shape[1]), hidden, "hidden")
+        check_like("bias", bias, (depths,), hidden, "hidden")
     backend = backends.choose_backend(hidden.device, "pooling").backend
     alpha, prompt_mean, _ = _depth_gate(hidden, weight, bias, _tables(layout), layout.max_length, backend)
     return alpha, prompt_mean
@@ -186,20 +188,21 @@ def multi_view_pool(
     Raises:
         ValueError: an argument of the wrong shape, dtype or device; it names the argument.
     """
-    check_layout(layout)
-    if isinstance(states, Tensor) or not isinstance(states, (list, tuple)):
-        raise ValueError(f"states: {type(states).__name__} came, expected a list of K tensors [T, d]")
-    check_depths("states", len(states))
-    check_states("states[0]", states[0], layout)
-    first = states[0]
-    shape, dtype = first.shape, first.dtype
-    for k, x in enumerate(states):
-        if not isinstance(x, Tensor) or (x.shape, x.dtype, x.device) != (shape, dtype, first.device):
-            check_like(f"states[{k}]", x, shape, first, "states[0]")
-            raise ValueError(f"states[{k}]: dtype {x.dtype} came, expected {dtype} as states[0]")
-    check_like("depth_weights", depth_weights, (layout.num_sequences, len(states)), first, "states[0]")
-    check_like("attention_weight", attention_weight, shape[1:], first, "states[0]")
-    check_like("attention_bias", attention_bias, (1,), first, "states[0]")
+    if not fit(layout, "KTd BK d 1", states, depth_weights, attention_weight, attention_bias):
+        check_layout(layout)
+        if isinstance(states, Tensor) or not isinstance(states, (list, tuple)):
+            raise ValueError(f"states: {type(states).__name__} came, expected a list of K tensors [T, d]")
+        check_depths("states", len(states))
+        check_states("states[0]", states[0], layout)
+        first = states[0]
+        shape, dtype = first.shape, first.dtype
+        for k, x in enumerate(states):
+            if not isinstance(x, Tensor) or (x.shape, x.dtype, x.device) != (shape, dtype, first.device):
+                check_like(f"states[{k}]", x, shape, first, "states[0]")
+                raise ValueError(f"states[{k}]: dtype {x.dtype} came, expected {dtype} as states[0]")
+        check_like("depth_weights", depth_weights, (layout.num_sequences, len(states)), first, "states[0]")
+        check_like("attention_weight", attention_weight, shape[1:], first, "states[0]")
+        check_like("attention_bias", attention_bias, (1,), first, "states[0]")
     check_choice("attention_tokens", attention_tokens, ("all", "response"))
     last, mean, attention, _ = _multi_view_pool(
         list(states),
@@ -209,7 +212,7 @@ def multi_view_pool(
         _tables(layout),
         layout.max_length,
         attention_tokens == "response",
-        backends.choose_backend(first.device, "pooling").backend,
+        backends.choose_backend(states[0].device, "pooling").backend,
     )
     return PooledViews(last, mean, attention)
 
@@ -326,8 +329,9 @@ def masked_mean_pool(hidden: Tensor, layout: SequenceLayout, tokens: str = "resp
     Raises:
         ValueError: an argument of the wrong shape, dtype or device; it names the argument.
     """
-    check_layout(layout)
-    check_states("hidden", hidden, layout)
+    if not fit(layout, "Td", hidden):
+        check_layout(layout)
+        check_states("hidden", hidden, layout)
     check_choice("tokens", tokens, ("response", "prompt", "all"))
     backend = backends.choose_backend(hidden.device, "pooling").backend
     return _masked_mean_pool(hidden, _tables(layout), layout.max_length, tokens, backend)
@@ -399,10 +403,11 @@ def attention_pool(
     Raises:
         ValueError: an argument of the wrong shape, dtype or device; it names the argument.
     """
-    check_layout(layout)
-    check_states("hidden", hidden, layout)
-    check_like("weight", weight, (hidden.shape[1],), hidden, "hidden")
-    check_like("bias", bias, (1,), hidden, "hidden")
+    if not fit(layout, "Td d 1", hidden, weight, bias):
+        check_layout(layout)
+        check_states("hidden", hidden, layout)
+        check_like("weight", weight, (hidden.shape[1],), hidden, "hidden")
+        check_like("bias", bias, (1,), hidden, "hidden")
     check_choice("tokens", tokens, ("all", "response"))
     backend = backends.choose_backend(hidden.device, "pooling").backend
     pooled, _ = _attention_pool(

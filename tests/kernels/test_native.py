@@ -242,13 +242,6 @@ def test_every_number_of_16_bits_is_widened_as_it_is(dtype, levels):
             assert normed[~number].isnan().all()
 
 
-def test_the_module_refuses_numbers_that_it_cannot_widen():
-    weight, module = torch.ones(1, dtype=torch.bfloat16), compiled.module
-    stream = module.Stream(0, lambda size: 0)
-    with pytest.raises(ValueError, match="a small argument of 16 bits, on a CUDA device"):
-        module.depth_weights(stream, module.Dtype.float32, 1, 1, 1, 0, compiled.stored(weight), None, 0)
-
-
 def test_a_view_with_the_negative_bit_is_read_with_its_sign():
     layout = ak.SequenceLayout.packed([0], [3])
     x = torch.randn(3, 4)
