@@ -31,7 +31,7 @@ class Entry:
     dtype: str  # "bf16"
     side: str
     seconds: float  # median
-    ours_seconds: float | None  # of our side, timed between the rounds of this one
+    times_ours: float | None  # our side's time, as taken between the rounds of this one
     device: str
     threads: int | None
     useful_tokens_per_second: float | None
@@ -55,7 +55,7 @@ class Entry:
             dtype=SHORT_DTYPES.get(dtype, dtype),
             side=benchmark["params"]["side"],
             seconds=info.get("cuda_event_seconds", benchmark["stats"]["median"]),
-            ours_seconds=info.get("adajudge_kernels_seconds"),
+            times_ours=info.get("times_adajudge_kernels"),
             device=info.get("device", "cpu"),
             threads=info.get("threads"),
             useful_tokens_per_second=info.get("useful_tokens_per_second"),
@@ -141,8 +141,8 @@ class Run:
         }
 
     def speedup(self, other: Entry) -> float | None:
-        """Another side's seconds over ours, ours as timed between its rounds if it was; None without a side of ours."""
+        """How many times our time another side takes, ours between its rounds if that was taken; None without a side of ours."""
         ours = self.cases[other.name, other.work].get(OURS)
-        if other.ours_seconds is not None:
-            return other.seconds / other.ours_seconds
+        if other.times_ours is not None:
+            return other.times_ours
         return other.seconds / ours.seconds if ours else None

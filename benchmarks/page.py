@@ -17,8 +17,8 @@ Written by `python -m benchmarks.report` from the files in [benchmarks/results](
 but for "backbone alone": what ours would take if its head cost nothing.
 
 - **time**: the median of the rounds, on GPUs between two CUDA events.
-- **over ours**: a side's time over ours, where ours is timed between that side's own rounds: a machine's memory is not equally
-  fast from second to second, so it is not the quotient of two rows' times.
+- **over ours**: how many times our time a side takes, on CPUs asked in every round, in which ours is timed just before, and the
+  median of that: a machine's memory is not equally fast from second to second, so it is not the quotient of two rows' times.
 - **useful per second**: tokens of the sequences, without padding, a shared prompt's once for each of its responses; for experts
   and loss, sequences.
 - **of bandwidth**: the bytes that must move at least, per second, over what a sum (CPU) or a copy (GPU) of the same states
