@@ -141,7 +141,7 @@ class Run:
         }
 
     def speedup(self, other: Entry) -> float | None:
-        """How many times our time another side takes, ours between its rounds if that was taken; None without a side of ours."""
+        """How many times our time another side takes, ours in its own rounds if it was taken; None without ours."""
         ours = self.cases[other.name, other.work].get(OURS)
         if other.times_ours is not None:
             return other.times_ours
