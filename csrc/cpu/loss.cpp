@@ -1,30 +1,12 @@
 // The focal Bradley-Terry loss: blocks of pairs and of sequences, each summed on its own, then block after block.
 #include "dtypes.h"
+#include "functions.h"
 #include "parallel.h"
 
 namespace adajudge::ADAJUDGE_LEVEL {
 namespace {
 
 constexpr int64_t BLOCK = 1024;  // pairs, or sequences
-
-template <class A>
-A exponential(A x) {
-    if constexpr (sizeof(A) == sizeof(float)) return __builtin_expf(x);
-    else return __builtin_exp(x);
-}
-
-template <class A>
-A logarithm(A x) {
-    if constexpr (sizeof(A) == sizeof(float)) return __builtin_logf(x);
-    else return __builtin_log(x);
-}
-
-// log(1 + x), accurate however small x is.
-template <class A>
-A logarithm_beyond_one(A x) {
-    if constexpr (sizeof(A) == sizeof(float)) return __builtin_log1pf(x);
-    else return __builtin_log1p(x);
-}
 
 template <class A>
 struct Pairs {
@@ -34,36 +16,40 @@ struct Pairs {
 
     // The sum over a block of -w (1-p)^gamma log p. d/dz [-(1-p)^gamma log p] = (1-p)^gamma (gamma p log p - (1-p)).
     double pairs(int64_t begin, int64_t end) const {
-        const A gamma = A(call.gamma), temperature = A(call.temperature), count = A(call.pairs);
+        const auto all = [](double x) { return broadcast<Lanes<A>>(A(x)); };
+        const auto zero = all(0), one = all(1), gamma = all(call.gamma);
+        const auto temperature = all(call.temperature), count = all(call.pairs);
         double total = 0;
-        for (int64_t i = begin; i < end; ++i) {
-            const A z = (chosen[i] - rejected[i]) / temperature, w = weight ? weight[i] : A(1);
+        for_lanes(begin, end, [&](int64_t i, auto n) {
+            const Lanes<A> z = (load(chosen + i, n) - load(rejected + i, n)) / temperature, minus_z = zero - z;
+            const Lanes<A> w = weight ? load(weight + i, n) : one;
             // p = sigmoid(z), q = 1 - p; both and their logarithms from exp(-|z|), which does not overflow.
-            const A small = exponential(z < 0 ? z : -z), rest = logarithm_beyond_one(small);
-            const A larger_one = 1 / (1 + small), smaller_one = small * larger_one;
-            const A p = z < 0 ? smaller_one : larger_one, q = z < 0 ? larger_one : smaller_one;
-            const A log_p = (z < 0 ? z : A(0)) - rest, log_q = (z < 0 ? A(0) : -z) - rest;
-            const A modulation = exponential(gamma * log_q), value = -modulation * log_p;
-            total += value * w;
-            const A d_z = modulation * (gamma * p * log_p - q);
-            if (grad_chosen) grad_chosen[i] = d_z * w / count / temperature;
-            if (grad_weight) grad_weight[i] = value / count;
-        }
+            const Lanes<A> small = exp_of_negative(where_negative(z, z, minus_z)), rest = logarithm_beyond_one(small);
+            const Lanes<A> larger_one = one / (one + small), smaller_one = small * larger_one;
+            const Lanes<A> p = where_negative(z, smaller_one, larger_one), q = where_negative(z, larger_one, smaller_one);
+            const Lanes<A> log_p = where_negative(z, z, zero) - rest, log_q = where_negative(z, zero, minus_z) - rest;
+            const Lanes<A> modulation = exp_of_negative(gamma * log_q), value = zero - modulation * log_p;
+            A held[LANES];
+            store(held, value * w, All{});
+            for (int64_t r = 0; r < smaller(end - i, LANES); ++r) total += held[r];
+            const Lanes<A> d_z = modulation * (gamma * p * log_p - q);
+            if (grad_chosen) store(grad_chosen + i, d_z * w / count / temperature, n);
+            if (grad_weight) store(grad_weight + i, value / count, n);
+        });
         return total;
     }
 
     // The sum over a block of max(0, eta - H(pi))^2; log pi stays finite where a softmax underflowed to 0.
     double sequences(int64_t begin, int64_t end) const {
         const A tiny = sizeof(A) == sizeof(float) ? A(0x1p-126) : A(0x1p-1022), scale = A(2 * call.entropy_weight);
+        A log_weights[3 * BLOCK];
+        for_lanes(0, 3 * (end - begin), [&](int64_t i, auto n) {
+            store(log_weights + i, logarithm(maximum(broadcast<Lanes<A>>(tiny), load(view_weights + 3 * begin + i, n))), n);
+        });
         double total = 0;
         for (int64_t i = begin; i < end; ++i) {
-            const A* pi = view_weights + 3 * i;
-            A log_pi[3], minus_entropy = 0;
-            for (int v = 0; v < 3; ++v) {
-                log_pi[v] = logarithm(pi[v] <= tiny ? tiny : pi[v]);
-                minus_entropy += pi[v] * log_pi[v];
-            }
-            A shortfall = A(call.entropy_floor) + minus_entropy;
+            const A *pi = view_weights + 3 * i, *log_pi = log_weights + 3 * (i - begin);
+            A shortfall = A(call.entropy_floor) + (pi[0] * log_pi[0] + pi[1] * log_pi[1] + pi[2] * log_pi[2]);
             if (shortfall <= 0) shortfall = 0;  // NaN stays NaN
             total += shortfall * shortfall;
             for (int v = 0; grad_view_weights && v < 3; ++v)

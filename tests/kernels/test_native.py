@@ -373,3 +373,37 @@ def test_calls_from_many_threads_do_not_disturb_each_other():
     with ThreadPoolExecutor(4) as pool:
         for views in pool.map(lambda _: ak.multi_view_pool(*arguments), range(40)):
             assert all(torch.equal(a, b) for a, b in zip(views, expected, strict=True))
+
+
+def test_the_loss_is_accurate_to_the_last_digits_at_every_margin(levels):
+    """-log p of a pair is the gradient of its weight; log pi is that of an entropy's floor, but for a shortfall of one."""
+    sizes = torch.logspace(-20, 1.9, 3001)
+    margins = torch.cat([-sizes.flip(0), torch.zeros(1), sizes])
+    weights = torch.logspace(-37, 0, 3000)[:, None].expand(-1, 3)
+
+    def digits(dtype):
+        z, pi = margins.to(dtype), weights.to(dtype)
+        w, pi = torch.ones_like(z).requires_grad_(), pi.clone().requires_grad_()
+        floor = {"view_weights": pi, "entropy_floor": 1.0986122886681098, "entropy_weight": 1.0}
+        loss = ak.focal_bradley_terry_loss(z, torch.zeros_like(z), gamma=0.0, pair_weight=w, **floor)
+        loss.backward()
+        return w.grad * len(z), pi.grad * len(pi)
+
+    minus_log_p, of_pi = digits(torch.float64)
+    for minus_log_p_here, of_pi_here in on_every_level(levels, lambda: digits(torch.float32)):
+        assert torch.allclose(minus_log_p_here.double(), minus_log_p, rtol=4 * 2.0**-23, atol=2.0**-126)
+        assert torch.allclose(of_pi_here.double(), of_pi, rtol=16 * 2.0**-23, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_broken_reward_breaks_its_own_pair_and_the_loss(value):
+    chosen = torch.zeros(40)
+    chosen[17] = value
+    chosen.requires_grad_()
+    weight = torch.ones(40, requires_grad=True)
+    loss = ak.focal_bradley_terry_loss(chosen, torch.zeros(40), pair_weight=weight)
+    loss.backward()
+    assert bool(loss.isfinite()) == (value == float("inf"))  # that pair is right for certain
+    others = torch.arange(40) != 17
+    assert chosen.grad[others].isfinite().all()
+    assert weight.grad[others].isfinite().all()
