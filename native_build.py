@@ -1,7 +1,7 @@
 """Compiles `csrc/` with ninja; setup.py makes a package of it, tests/cpp a test program.
 
-`csrc/` knows nothing of torch, and neither does this: one module serves every version of torch, and the build needs
-pybind11 and ninja only.
+`csrc/` knows nothing of torch, and neither does this: one module serves every version of torch from 2.10 on, and the build
+needs pybind11 and ninja only.
 """
 
 from __future__ import annotations

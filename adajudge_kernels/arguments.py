@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from adajudge_kernels import compiled
-from adajudge_kernels.layout import SequenceLayout
+from adajudge_kernels.layout import LayoutTables, SequenceLayout
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_DEPTHS = 8
@@ -22,12 +22,12 @@ def fit(layout: object, form: str, *arguments: object) -> bool:
     """Whether a layout and the arguments beside it would pass these checks, in a tenth of their time.
 
     `form` has a word for each argument and a letter for each of its dimensions, ``"Td Kd K"``: T and B are the layout's, any
-    other letter is one size wherever it stands, 1 is 1. A list of tensors of one dtype has a letter for their number. False
-    is no verdict: then the checks say what is wrong, if anything.
+    other letter is one size wherever it stands, 1 is 1; ``"K*Td"`` is a list of K tensors of one dtype. False is no verdict:
+    then the checks say what is wrong, if anything.
     """
     if is_dynamo_compiling() or compiled.module is None:
         return False
-    if type(layout) is not SequenceLayout or layout.tables is None:
+    if type(layout) is not SequenceLayout or type(layout.tables) is not LayoutTables:
         return False
     return compiled.module.fit(layout.tables.native, form, *arguments)
 

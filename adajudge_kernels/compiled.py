@@ -29,7 +29,10 @@ missing: str | None = None
 
 def _load() -> ModuleType:
     _native = importlib.import_module("adajudge_kernels._native")
-    _native.show_tensors(Tensor.__dlpack_c_exchange_api__, [Tensor, Parameter])
+    try:
+        _native.show_tensors(Tensor.__dlpack_c_exchange_api__, [Tensor, Parameter])
+    except (AttributeError, ValueError, RuntimeError) as error:
+        raise ImportError(f"it cannot read the tensors of torch {torch.__version__}: {error}") from error
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     if named and not _native.emulated:
         if named not in _native.levels():
@@ -47,7 +50,7 @@ except ImportError as error:
     # An installation that did not build the module has written why.
     _reason = Path(__file__).with_name("_native_missing.txt")
     missing = (
-        _reason.read_text().strip() if _reason.exists() else f"the compiled module is not there ({error})"
+        _reason.read_text().strip() if _reason.exists() else f"the compiled module cannot be used ({error})"
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active as functorch_transforms_active
 from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
+from torch._C import _is_tracing as is_tracing
 from torch._C import _len_torch_dispatch_stack as dispatch_modes
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
@@ -80,7 +81,7 @@ class Operation:
                 f"adajudge_kernels.{self.name} has a backward only: no torch.func transform (grad, vmap, jvp) and no "
                 "forward-mode differentiation; use torch.autograd"
             )
-        if dispatch_modes():  # fake tensors, proxies ..
+        if dispatch_modes() or is_tracing():  # fake tensors, proxies; torch.jit.trace
             return self._opaque(*args)
         wanted: list[
             Tensor

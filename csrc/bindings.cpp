@@ -39,35 +39,44 @@ constexpr bool EMULATED = true;
 constexpr bool EMULATED = false;
 #endif
 
-// What reads torch's tensors, and their types; `show_tensors` sets them.
-const dlpack::Interface* tensors = nullptr;
+// What reads torch's tensors, and the types that are tensors and nothing more; `show_tensors` sets them.
+const dlpack::Interface* interface = nullptr;
 std::vector<PyTypeObject*> tensor_types;
+
+bool plain(py::handle object) { return std::ranges::find(tensor_types, Py_TYPE(object.ptr())) != tensor_types.end(); }
 
 // A tensor as it lies, or none. It keeps the tensor.
 class Tensor {
 public:
     Tensor() = default;
     explicit Tensor(py::object object) : object_(std::move(object)) {
-        if (!tensors) throw std::runtime_error("the module was not told how to read tensors: call show_tensors");
-        if (tensors->view(object_.ptr(), &view_) != 0) throw py::error_already_set();
+        if (!interface) throw std::runtime_error("the module was not told how to read tensors: call show_tensors");
+        if (interface->view(object_.ptr(), &view_) != 0) throw py::error_already_set();
+        if (!view_.data && numel()) throw py::value_error("a tensor without its numbers came: they were freed, or never were");
     }
 
     explicit operator bool() const { return static_cast<bool>(object_); }
-    operator void*() const { return view_.data ? static_cast<char*>(view_.data) + view_.offset : nullptr; }
+    void* data() const { return view_.data ? static_cast<char*>(view_.data) + view_.offset : nullptr; }
+    operator void*() const { return data(); }
+    int dimensions() const { return view_.dimensions; }
     int64_t size(int dimension) const { return view_.shape[dimension]; }
     int64_t stride(int dimension) const { return view_.strides[dimension]; }
     int64_t numel() const {
         int64_t product = 1;
-        for (int i = 0; i < view_.dimensions; ++i) product *= size(i);
+        for (int i = 0; i < dimensions(); ++i) product *= size(i);
         return product;
     }
     bool contiguous() const {
         int64_t step = 1;
-        for (int i = view_.dimensions; i-- > 0; step *= size(i))
+        for (int i = dimensions(); i-- > 0; step *= size(i))
             if (size(i) != 1 && stride(i) != step) return numel() == 0;
         return true;
     }
     bool on_cuda() const { return EMULATED || view_.device_type == dlpack::CUDA; }
+    bool beside(const Tensor& other) const {
+        return view_.device_type == other.view_.device_type && view_.device == other.view_.device;
+    }
+    bool floating() const { return view_.code == dlpack::FLOAT || view_.code == dlpack::BFLOAT; }
     Dtype dtype() const {
         if (!floating()) throw py::type_error("a tensor of floating point numbers was expected");
         if (view_.code == dlpack::BFLOAT) return Dtype::bfloat16;
@@ -78,14 +87,7 @@ public:
     const T* integers() const {
         if (view_.code != dlpack::INTEGER || view_.bits != 8 * sizeof(T))
             throw py::type_error("a table of other integers was expected");
-        return static_cast<const T*>(operator void*());
-    }
-    bool floating() const {
-        return view_.code == dlpack::FLOAT || view_.code == dlpack::BFLOAT;
-    }
-    int dimensions() const { return view_.dimensions; }
-    bool beside(const Tensor& other) const {
-        return view_.device_type == other.view_.device_type && view_.device == other.view_.device;
+        return static_cast<const T*>(data());
     }
     Tensor call(const char* method) const { return Tensor(object_.attr(method)()); }
 
@@ -108,7 +110,7 @@ struct Input : Tensor {
     Input() = default;
     explicit Input(Tensor tensor) : Tensor(std::move(tensor)) {
         if (!contiguous()) static_cast<Tensor&>(*this) = call("contiguous");
-        const auto address = reinterpret_cast<std::uintptr_t>(operator void*());
+        const auto address = reinterpret_cast<std::uintptr_t>(data());
         if (on_cuda() && address % 16) static_cast<Tensor&>(*this) = call("clone");
     }
     explicit Input(py::object object) : Input(Tensor(std::move(object))) {}
@@ -127,7 +129,7 @@ struct Heads : Tensor {
     }
 };
 
-std::vector<void*> addresses(const auto& tensors) { return {tensors.begin(), tensors.end()}; }
+std::vector<void*> addresses(const auto& list) { return {list.begin(), list.end()}; }
 
 // Where a call runs: on so many threads of the CPU, or on a stream of the current CUDA device.
 using Where = std::variant<int, cuda::Stream>;
@@ -138,16 +140,18 @@ class Small {
 public:
     Small(const Where& where, const Input& given, bool fp64) {
         if (!given) return;
-        if (fp64 || given.dtype() == Dtype::float32 || !std::holds_alternative<int>(where)) {
+        const Dtype dtype = given.dtype();
+        const bool halves = dtype == Dtype::bfloat16 || dtype == Dtype::float16;
+        if (fp64 || !halves || !std::holds_alternative<int>(where)) {
             kept_ = given.in_arithmetic(fp64);
             data_ = kept_;
             return;
         }
         widened_.resize(given.numel());
         data_ = widened_.data();
-        with_dtype(given.dtype(), [&](auto type) {
+        with_dtype(dtype, [&](auto type) {
             using T = typename decltype(type)::type;
-            const auto* from = static_cast<const T*>(given.operator void*());
+            const auto* from = static_cast<const T*>(given.data());
             if constexpr (sizeof(T) == 2)
                 for_lanes(0, given.numel(), [&](int64_t j, auto n) { store(&widened_[j], load(from + j, n), n); });
         });
@@ -209,11 +213,10 @@ class Tables {
 public:
     explicit Tables(std::array<py::object, 5> tables) : tables_(std::move(tables)) {}
 
-    Fixed roles() const { return Fixed(tables_[0]); }
-    Fixed sequences() const { return Fixed(tables_[1]); }
+    const py::object& roles() const { return tables_[0]; }
+    const py::object& sequences() const { return tables_[1]; }
     operator Layout() const {
-        const Fixed roles = this->roles(), sequences = this->sequences();
-        const Fixed chunks(tables_[2]), groups(tables_[3]), group_chunks(tables_[4]);
+        const Fixed roles(tables_[0]), sequences(tables_[1]), chunks(tables_[2]), groups(tables_[3]), group_chunks(tables_[4]);
         return {roles.integers<int8_t>(), sequences.integers<int32_t>(), chunks.integers<int32_t>(),
                 groups.integers<int32_t>(), group_chunks.integers<int32_t>(),
                 roles.size(0), sequences.size(0), chunks.size(0), groups.size(0), group_chunks.size(0)};
@@ -224,13 +227,13 @@ private:
 };
 
 // What the arguments of an operation on a layout must be, a word for each and in it a letter for each dimension: T and B are
-// the layout's, every other letter is one size wherever it stands (K and d within their limits), 1 is 1. A list or tuple has
-// a letter for the number of its tensors, which are of one dtype. All are tensors of floating point numbers on the layout's
-// device, of 64 bits if the first is.
+// the layout's, every other letter is one size wherever it stands (K and d within their limits), 1 is 1. "K*Td" is a list or
+// tuple of K tensors of one dtype. All are tensors of floating point numbers on the layout's device, of 64 bits if the
+// first is.
 class Form {
 public:
     Form(const Tables& layout, std::string_view form) : roles_(layout.roles()), form_(form) {
-        sizes_['T'] = roles_.size(0), sizes_['B'] = layout.sequences().size(0), sizes_['1'] = 1;
+        sizes_['T'] = roles_.size(0), sizes_['B'] = Tensor(layout.sequences()).size(0), sizes_['1'] = 1;
     }
 
     bool fits(const py::args& arguments) {
@@ -238,24 +241,24 @@ public:
             const std::size_t end = std::min(form_.find(' '), form_.size());
             const std::string_view word = form_.substr(0, end);
             form_.remove_prefix(std::min(end + 1, form_.size()));
-            const bool list = PyList_CheckExact(argument.ptr()) || PyTuple_CheckExact(argument.ptr());
-            if (list ? !several(argument.ptr(), word) : !one(argument, word)) return false;
+            if (word.find('*') == 1 ? !several(argument.ptr(), word) : !one(argument, word)) return false;
         }
         return form_.empty();
     }
 
 private:
     bool several(PyObject* list, std::string_view word) {
+        if (!PyList_CheckExact(list) && !PyTuple_CheckExact(list)) return false;
         const int64_t count = PySequence_Fast_GET_SIZE(list);
-        if (word.empty() || !is(word[0], count)) return false;
+        if (!is(word[0], count)) return false;
         std::optional<Dtype> dtype;
         for (int64_t k = 0; k < count; ++k)
-            if (!one(PySequence_Fast_GET_ITEM(list, k), word.substr(1), &dtype)) return false;
+            if (!one(PySequence_Fast_GET_ITEM(list, k), word.substr(2), &dtype)) return false;
         return true;
     }
     // `dtype`: of those before in its list, which this one must have too.
     bool one(py::handle object, std::string_view word, std::optional<Dtype>* dtype = nullptr) {
-        if (std::ranges::find(tensor_types, Py_TYPE(object.ptr())) == tensor_types.end()) return false;
+        if (!plain(object)) return false;
         const Tensor tensor(py::reinterpret_borrow<py::object>(object));
         if (!tensor.floating() || !tensor.beside(roles_)) return false;
         if (tensor.dimensions() != std::ssize(word)) return false;
@@ -267,23 +270,25 @@ private:
         return *fp64_ == tensor.fp64();
     }
     bool is(char letter, int64_t size) {
-        std::optional<int64_t>& known = sizes_[static_cast<unsigned char>(letter) % sizes_.size()];
+        std::optional<int64_t>& known = sizes_.at(letter);
         if (!known && size >= 1 && size <= (letter == 'K' ? MAX_DEPTHS : MAX_FEATURES)) known = size;
         return known == size;
     }
 
-    const Fixed roles_;
+    const Tensor roles_;
     std::string_view form_;
-    std::array<std::optional<int64_t>, 128> sizes_;
+    std::array<std::optional<int64_t>, 128> sizes_;  // by letter
     std::optional<bool> fp64_;
 };
 
 bool fit(const Tables& layout, std::string_view form, const py::args& arguments) {
+    if (!plain(layout.roles()) || !plain(layout.sequences())) return false;
     try {
         return Form(layout, form).fits(arguments);
     } catch (const py::error_already_set&) {  // a tensor that cannot be read
-        return false;
+    } catch (const py::builtin_exception&) {
     }
+    return false;
 }
 
 #if !defined(ADAJUDGE_EMULATED)
@@ -305,8 +310,8 @@ void define_tensors(py::module_& m) {
         const auto* found = static_cast<const dlpack::Interface*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::CAPSULE));
         if (!found) throw py::error_already_set();
         while (found && found->major != dlpack::MAJOR_VERSION) found = found->older;
-        if (!found || !found->view) throw std::runtime_error("these tensors cannot be read: they do not follow DLPack 1");
-        tensors = found;
+        if (!found || !found->view) throw std::runtime_error("they do not follow DLPack 1");
+        interface = found;
         for (const py::type& type : types) tensor_types.push_back(reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr()));
     }, py::arg("capsule"), py::arg("types"),
        "Say how tensors are read, by the `__dlpack_c_exchange_api__` of their type, and which types are nothing but tensors.");

@@ -188,7 +188,7 @@ def multi_view_pool(
     Raises:
         ValueError: an argument of the wrong shape, dtype or device; it names the argument.
     """
-    if not fit(layout, "KTd BK d 1", states, depth_weights, attention_weight, attention_bias):
+    if not fit(layout, "K*Td BK d 1", states, depth_weights, attention_weight, attention_bias):
         check_layout(layout)
         if isinstance(states, Tensor) or not isinstance(states, (list, tuple)):
             raise ValueError(f"states: {type(states).__name__} came, expected a list of K tensors [T, d]")

@@ -175,3 +175,14 @@ def test_transforms_of_torch_func_are_a_clear_error(operation, device):
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
         with pytest.raises(RuntimeError, match="no forward-mode differentiation"):
             scalar(dual)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch deprecates its tracer, which people still export with
+def test_a_traced_function_calls_the_operator(device):
+    layout = ak.SequenceLayout.packed([2], [3]).to(device)
+    traced = torch.jit.trace(
+        lambda x: ak.masked_mean_pool(x, layout), torch.ones(5, 4, device=device), check_trace=False
+    )
+    assert "adajudge::masked_mean_pool" in str(traced.graph)
+    x = torch.randn(5, 4, device=device)
+    assert torch.equal(traced(x), ak.masked_mean_pool(x, layout))

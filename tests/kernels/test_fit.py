@@ -1,14 +1,18 @@
 """The quick look at an operation's arguments says yes exactly where the checks that name what is wrong find nothing."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 
 import adajudge_kernels as ak
 from adajudge_kernels import arguments, compiled
 from adajudge_kernels.pooling import ops
+from adajudge_kernels.tables import LayoutTables
 
 pytestmark = pytest.mark.skipif(compiled.module is None, reason="the quick look is the compiled module's")
 
@@ -46,13 +50,33 @@ DTYPES = (torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool,
 def others(x):
     """What might come in the place of an argument."""
     if isinstance(x, list):
-        yield from ([], tuple(x), x * 5, x[:1], x[0], [x[0], None], [x[0], x[1].half()], iter(x))
+        yield from (
+            [],
+            tuple(x),
+            x * 5,
+            x[:1],
+            x[0],
+            torch.stack(x),
+            [x[0], None],
+            [x[0], x[1].half()],
+            iter(x),
+        )
         for other in others(x[1]):
             yield [x[0], other]
         for dtype in DTYPES:
             yield [each.to(dtype) for each in x]
         return
-    yield from (None, 1.0, x.numpy(), [x], x.to("meta"), Parameter(x), x.as_subclass(Named))
+    yield from (
+        None,
+        1.0,
+        x.numpy(),
+        [x],
+        list(x),
+        tuple(x),
+        x.to("meta"),
+        Parameter(x),
+        x.as_subclass(Named),
+    )
     yield from (x.to(dtype) for dtype in DTYPES)
     if hasattr(torch, "float8_e4m3fn"):
         yield x.to(torch.float8_e4m3fn)
@@ -121,3 +145,33 @@ def test_the_module_refuses_what_it_cannot_read_or_write():
         module.means(where, module.Layout([x.int() for _ in range(5)]), x, None, None, out)
     with pytest.raises((TypeError, RuntimeError)):
         module.means(where, layout, "states", None, None, out)
+    freed = torch.ones(8, 6)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="a tensor without its numbers came"):
+        module.means(where, layout, freed, None, None, out)
+
+
+def test_a_torch_that_shows_no_tensors_leaves_plain_pytorch_and_a_reason():
+    code = """
+import torch
+del torch.Tensor.__dlpack_c_exchange_api__
+import adajudge_kernels as ak
+from adajudge_kernels import backends
+layout = ak.SequenceLayout.packed([2], [3])
+ak.masked_mean_pool(torch.ones(5, 4), layout)
+print(ak.available_backends(), backends.unavailable_reason("cpu"))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "it cannot read the tensors of torch" in result.stdout
+    assert "'reference'" in result.stdout
+    assert "'cpu'" not in result.stdout
+
+
+def test_fake_tables_are_not_read(recwarn, capfd):
+    with FakeTensorMode() as mode:
+        tables = LayoutTables(*(mode.from_tensor(x) for x in LAYOUT.tables))
+        layout = dataclasses.replace(LAYOUT, tables=tables)
+        assert not arguments.fit(layout, "Td", mode.from_tensor(drawn(8, 6)))
+        assert not arguments.fit(LAYOUT, "Td", mode.from_tensor(drawn(8, 6)))
+    assert not recwarn.list
+    assert "FakeTensor" not in capfd.readouterr().err
