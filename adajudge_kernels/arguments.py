@@ -19,7 +19,7 @@ MAX_WIDTH = 1 << 20  # of hidden layers
 
 
 def fit(layout: object, form: str, *arguments: object) -> bool:
-    """Whether a layout and the arguments beside it would pass these checks, in a tenth of their time.
+    """Whether a layout and the arguments beside it would pass these checks, in one look of the compiled module.
 
     `form` has a word for each argument and a letter for each of its dimensions, ``"Td Kd K"``: T and B are the layout's, any
     other letter is one size wherever it stands, 1 is 1; ``"K*Td"`` is a list of K tensors of one dtype. False is no verdict:

@@ -60,7 +60,7 @@ def run(operation: str, x: Tensor, *arguments: Any) -> None:
     Tensors that are read may lie as they like, the module copies them where it must; those that are written are contiguous.
     """
     call = getattr(module, operation)
-    if not on_cuda(x):
+    if not (x.is_cuda or module.emulated):  # tests put something in a CUDA device's place
         call(torch.get_num_threads(), *arguments)
         return
     held = []  # a piece of memory is reused only after what is in the stream's queue by then
@@ -74,8 +74,3 @@ def run(operation: str, x: Tensor, *arguments: Any) -> None:
         return
     with torch.cuda.device_of(x):
         call(module.Stream(torch.cuda.current_stream(x.device).cuda_stream, memory), *arguments)
-
-
-def on_cuda(x: Tensor) -> bool:
-    """Whether calls with `x` run on a CUDA device, or on what the tests have in its place."""
-    return x.is_cuda or module.emulated

@@ -31,7 +31,7 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def fresh(x: Tensor) -> Tensor:
-    """For fakes: a contiguous tensor like `x`, as the gradients come; ``empty_like`` would keep strange strides."""
+    """Room like `x`, contiguous, as gradients come; ``empty_like`` would keep strange strides."""
     return x.new_empty(x.shape)
 
 

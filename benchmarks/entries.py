@@ -31,7 +31,7 @@ class Entry:
     dtype: str  # "bf16"
     side: str
     seconds: float  # median
-    times_ours: float | None  # our side's time, as taken between the rounds of this one
+    times_ours: float | None  # how many times our time it takes, where ours was timed in its rounds
     device: str
     threads: int | None
     useful_tokens_per_second: float | None

@@ -96,7 +96,7 @@ private:
     dlpack::Tensor view_{};
 };
 
-// A tensor that a kernel writes, or a table that outlives the call: its numbers must lie one after another.
+// A tensor that a kernel writes, or a table: its numbers must lie one after another.
 struct Fixed : Tensor {
     Fixed() = default;
     explicit Fixed(py::object object) : Tensor(std::move(object)) {

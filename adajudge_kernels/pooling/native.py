@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adajudge_kernels import compiled
-from adajudge_kernels.registration import arithmetic_dtype
+from adajudge_kernels.registration import arithmetic_dtype, fresh
 from adajudge_kernels.tables import LayoutTables
 
 
@@ -153,7 +153,7 @@ def _views_backward(
     `others`, where there are three views: the depth weights, where their gradient goes, and the gradients of last and mean.
     """
     depth_weights, dalpha, grad_last, grad_mean = others or (None,) * 4
-    dstates, dweight = [x.new_empty(x.shape) for x in states], attention.new_empty(weight.shape)
+    dstates, dweight = [fresh(x) for x in states], attention.new_empty(weight.shape)
     compiled.run(
         "views_backward",
         states[0],

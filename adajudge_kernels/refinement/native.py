@@ -7,7 +7,7 @@ from torch import Tensor
 
 from adajudge_kernels import compiled
 from adajudge_kernels.refinement.reference import sequence_attention_backward
-from adajudge_kernels.registration import arithmetic_dtype
+from adajudge_kernels.registration import arithmetic_dtype, fresh
 from adajudge_kernels.tables import AttentionTables
 
 __all__ = [
@@ -25,7 +25,7 @@ def residual_rms_norm_forward(
 ) -> tuple[Tensor, Tensor]:
     """``u`` (x itself if there is no update) and ``RMSNorm(u)``."""
     x = x.contiguous()  # it may be an output
-    normed, total = x.new_empty(x.shape), None if update is None else x.new_empty(x.shape)
+    normed, total = fresh(x), None if update is None else fresh(x)
     compiled.run("rms_norm", x, eps, x, update, weight, total, normed)
     return x if total is None else total, normed
 
@@ -34,7 +34,7 @@ def residual_rms_norm_backward(
     grad_total: Tensor | None, grad_normed: Tensor, total: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x (and of the update: the same) and of the weight."""
-    grad = total.new_empty(total.shape)
+    grad = fresh(total)
     grad_weight = weight.new_empty(weight.shape, dtype=arithmetic_dtype(total.dtype))
     compiled.run("rms_norm_backward", total, eps, grad_total, grad_normed, total, weight, grad, grad_weight)
     return grad, grad_weight
@@ -49,7 +49,7 @@ def swiglu_forward(gate_up: Tensor) -> Tensor:
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     """Gradient of the merged projection, ``[T, 2f]``."""
-    out = gate_up.new_empty(gate_up.shape)
+    out = fresh(gate_up)
     compiled.run("swiglu_backward", grad, grad, gate_up, out)
     return out
 
