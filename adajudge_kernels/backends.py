@@ -105,7 +105,8 @@ def use_backend(backend: str, families: Collection[str] = FAMILIES) -> AbstractC
     """Force `backend` for the operations of `families` in the block, in all threads of the process.
 
     Blocks must nest, those of several threads too. It takes precedence over the environment variable
-    ``ADAJUDGE_BACKEND``. A call that the forced backend cannot serve raises a ValueError.
+    ``ADAJUDGE_BACKEND`` (which a compiled function reads when it is compiled, not again). A call that the forced backend
+    cannot serve raises a ValueError.
 
     Args:
         backend: one of `available_backends`.

@@ -63,8 +63,14 @@ class DepthGate(nn.Module):
         super().__init__()
         check_size("hidden_size", hidden_size, MAX_FEATURES)
         check_size("num_blocks", num_blocks, MAX_DEPTHS)
-        self.weight = nn.Parameter(torch.zeros(num_blocks, hidden_size))
-        self.bias = nn.Parameter(torch.zeros(num_blocks))
+        self.weight = nn.Parameter(torch.empty(num_blocks, hidden_size))
+        self.bias = nn.Parameter(torch.empty(num_blocks))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zeros."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
 
     def forward(self, hidden: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
         """``hidden [T, d]`` -> depth weights ``[B, K]`` and prompt mean ``[B, d]``, fp32."""
@@ -75,6 +81,34 @@ def default_num_heads(hidden_size: int) -> int:
     """Heads of 128 features where they divide the width, else of 64 or 32, else of the most below 128 that do."""
     sizes = (128, 64, 32, *range(min(128, hidden_size), 0, -1))
     return next(hidden_size // size for size in sizes if hidden_size % size == 0)
+
+
+class Projection(nn.Linear):
+    """``x W^T`` in the dtype of x, without bias.
+
+    A module of its own that is always called, so that hooks, offloading and adapters of other libraries reach it.
+
+    Args:
+        in_features: of x.
+        out_features: rows of W.
+        starts_at_zero: W is zero at first, not ``N(0, 1 / in_features)``.
+    """
+
+    def __init__(self, in_features: int, out_features: int, starts_at_zero: bool = False) -> None:
+        self.starts_at_zero = starts_at_zero
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        """As the class says."""
+        if self.starts_at_zero:
+            nn.init.zeros_(self.weight)
+        else:
+            nn.init.normal_(self.weight, std=self.in_features**-0.5)
+
+    def forward(self, x: Tensor, outputs: slice | None = None) -> Tensor:
+        """``[T, in_features] -> [T, out_features]``, or of the outputs only those named."""
+        weight = self.weight if outputs is None else self.weight[outputs]
+        return F.linear(x, weight.to(x.dtype))
 
 
 class RefinementBlock(nn.Module):
@@ -112,21 +146,17 @@ class RefinementBlock(nn.Module):
             )
         width = hidden_size if intermediate_size is None else intermediate_size
         check_size("intermediate_size", width, MAX_WIDTH)
-        self.num_heads, self.causal, self.eps = heads, causal, eps
-        self.attention_norm = nn.Parameter(torch.ones(hidden_size))
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
-        self.output = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.mlp_norm = nn.Parameter(torch.ones(hidden_size))
-        self.gate_up = nn.Linear(hidden_size, 2 * width, bias=False)
-        self.down = nn.Linear(width, hidden_size, bias=False)
+        self.hidden_size, self.num_heads, self.causal, self.eps = hidden_size, heads, causal, eps
+        self.attention_norm = nn.Parameter(torch.empty(hidden_size))
+        self.qkv = Projection(hidden_size, 3 * hidden_size)
+        self.output = Projection(hidden_size, hidden_size, starts_at_zero=True)
+        self.mlp_norm = nn.Parameter(torch.empty(hidden_size))
+        self.gate_up = Projection(hidden_size, 2 * width)
+        self.down = Projection(width, hidden_size, starts_at_zero=True)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Identity at the start: zero output and down projections, the others ``N(0, 1/d)``."""
-        for layer in (self.qkv, self.gate_up):
-            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-        for layer in (self.output, self.down):
-            nn.init.zeros_(layer.weight)
+        """Ones for the norms; the projections have a ``reset_parameters`` of their own."""
         for norm in (self.attention_norm, self.mlp_norm):
             nn.init.ones_(norm)
 
@@ -146,17 +176,17 @@ class RefinementBlock(nn.Module):
         Args:
             hidden: H_{k-1}, or what `update` is to be added to.
             layout: where the tokens of each sequence lie.
-            refined: ``"all"`` tokens, or only the ``"response"``: its states are the same, the others come out as they
-                went in, and no query and no MLP is computed for them.
+            refined: ``"all"`` tokens, or only the ``"response"``: its states are the same up to rounding, the others come
+                out as they went in, and no query and no MLP is computed for them.
             update: the addition that the block before has left, ``[T, d]``.
             settled: whether to return H_k, or `Unsettled`.
         """
         check_layout(layout)
         check_states("hidden", hidden, layout)
-        check_like("hidden", hidden, (layout.num_tokens, self.qkv.in_features), hidden, "hidden")
+        check_like("hidden", hidden, (layout.num_tokens, self.hidden_size), hidden, "hidden")
         check_choice("refined", refined, ("all", "response"))
-        if update is None:
-            hidden = _without_padding_values(hidden, layout)
+        hidden = _zero_at_padding(hidden, layout)
+        update = None if update is None else _zero_at_padding(update, layout)
         result = self._advance(hidden, update, layout, refined)
         return result.settled(layout) if settled else result
 
@@ -164,21 +194,28 @@ class RefinementBlock(nn.Module):
         self, stream: Tensor, update: Tensor | None, layout: SequenceLayout, refined: str
     ) -> Unsettled:
         entered, normed = residual_rms_norm(stream, update, self.attention_norm, self.eps)
-        weight, size = self.qkv.weight.to(normed.dtype), self.qkv.in_features // self.num_heads
         if refined == "all":
-            rows, projections = entered, [F.linear(normed, weight)]
+            rows, projections = entered, [self.qkv(normed)]
         else:
             chosen = _response_tokens(layout)
-            rows, own = (x.index_select(0, chosen) for x in (entered, normed))
-            to_query, to_key_value = weight.tensor_split([self.qkv.in_features])
-            projections = [F.linear(own, to_query), F.linear(normed, to_key_value)]
+            rows = entered.index_select(0, chosen)
+            projections = self._response_projections(normed, chosen)
         # Under autocast the products and what is between them are in its dtype; the stream stays in its own.
+        size = self.hidden_size // self.num_heads
         heads = [x.unflatten(-1, (-1, self.num_heads, size)).squeeze(1) for x in projections]
         attended = sequence_attention(heads, layout, self.causal, queries=refined).flatten(1)
-        update = _product(attended, self.output).to(rows.dtype)
+        update = self.output(attended).to(rows.dtype)
         stream, normed = residual_rms_norm(rows, update, self.mlp_norm, self.eps)
-        update = _product(swiglu(_product(normed, self.gate_up)), self.down)
+        update = self.down(swiglu(self.gate_up(normed)))
         return Unsettled(entered, stream, update.to(stream.dtype), refined)
+
+    def _response_projections(self, normed: Tensor, chosen: Tensor) -> list[Tensor]:
+        """Queries of the chosen tokens, keys and values of all."""
+        queries, keys_and_values = slice(None, self.hidden_size), slice(self.hidden_size, None)
+        if isinstance(self.qkv, Projection):
+            return [self.qkv(normed.index_select(0, chosen), queries), self.qkv(normed, keys_and_values)]
+        projected = self.qkv(normed)  # another library's layer in its place: of its outputs all or none
+        return [projected[chosen, queries], projected[:, keys_and_values]]
 
 
 class Unsettled(NamedTuple):
@@ -192,7 +229,7 @@ class Unsettled(NamedTuple):
     def settled(self, layout: SequenceLayout) -> Tensor:
         """``H_k``; the rows of tokens that were not refined are those of H_{k-1}."""
         if self.refined == "all":
-            return self.stream + self.update
+            return _zero_at_padding(self.stream + self.update, layout)
         return self.entered.index_copy(0, _response_tokens(layout), self.stream + self.update)
 
 
@@ -202,15 +239,11 @@ def _response_tokens(layout: SequenceLayout) -> Tensor:
     return layout.response_attention.rows
 
 
-def _without_padding_values(hidden: Tensor, layout: SequenceLayout) -> Tensor:
-    """Zero where there is padding: what lies there must not meet a weight's gradient."""
+def _zero_at_padding(x: Tensor, layout: SequenceLayout) -> Tensor:
+    """Zero where there is padding, and so is the gradient: nothing that lies there may meet a weight's gradient."""
     if not layout.has_padding:
-        return hidden
-    return torch.where((layout.roles != TokenRole.PADDING)[:, None], hidden, 0)
-
-
-def _product(x: Tensor, layer: nn.Linear) -> Tensor:
-    return F.linear(x, layer.weight.to(x.dtype))
+        return x
+    return torch.where((layout.roles != TokenRole.PADDING)[:, None], x, 0)
 
 
 class DepthGatedRefinement(nn.Module):
@@ -261,7 +294,7 @@ class DepthGatedRefinement(nn.Module):
                 continue
             result = block(hidden, layout, refined, update, settled=False)
             entered, hidden, update, _ = result
-            states += [entered] if k else []
+            states += [_zero_at_padding(entered, layout)] if k else []
             states += [result.settled(layout)] if k == last else []
         return states, depth_weights, prompt_mean
 
@@ -279,8 +312,14 @@ class MultiViewPooling(nn.Module):
         check_size("hidden_size", hidden_size, MAX_FEATURES)
         check_choice("attention_tokens", attention_tokens, ("all", "response"))
         self.attention_tokens = attention_tokens
-        self.attention_weight = nn.Parameter(torch.zeros(hidden_size))
-        self.attention_bias = nn.Parameter(torch.zeros(1))
+        self.attention_weight = nn.Parameter(torch.empty(hidden_size))
+        self.attention_bias = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zeros: every token counts alike at first."""
+        nn.init.zeros_(self.attention_weight)
+        nn.init.zeros_(self.attention_bias)
 
     def forward(self, states: list[Tensor], depth_weights: Tensor, layout: SequenceLayout) -> PooledViews:
         """K states ``[T, d]``, depth weights ``[B, K]`` -> `PooledViews`, each ``[B, d]`` fp32."""
@@ -391,6 +430,7 @@ class AdaJudgeHead(nn.Module):
                     f"hidden: shape {tuple(hidden.shape)} came, expected [B, L, d] with a padded layout of that "
                     f"B and L; this layout's (B, L) is {layout.padded_shape}"
                 )
+            check_like("hidden", hidden, (*layout.padded_shape, self.hidden_size), hidden, "hidden")
             hidden = hidden.flatten(0, 1)
         check_states("hidden", hidden, layout)
         check_like("hidden", hidden, (layout.num_tokens, self.hidden_size), hidden, "hidden")

@@ -41,8 +41,9 @@ class TokenRole(enum.IntEnum):
 class SequenceLayout:
     """Token ranges and roles of a batch of ``B`` sequences over ``T`` token slots.
 
-    Build one with `padded`, `packed` or `shared_prompts`; the constructor itself checks nothing. Token indices
-    are int32 (``T < 2**31``); offsets of elements derived from them must be int64.
+    Build one with `padded`, `packed` or `shared_prompts`; the constructor itself checks nothing, and a copy with another
+    field (``dataclasses.replace``) has the tables of before. Token indices are int32 (``T < 2**31``); offsets of elements
+    derived from them must be int64.
 
     Attributes:
         ranges: int32 ``[B, 4]``, ``(start0, stop0, start1, stop1)`` per sequence, empty ranges as ``(0, 0)``.
@@ -371,6 +372,14 @@ def _check_mask(name: str, mask: Tensor) -> None:
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         came = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"{name}: {came} came, expected a tensor of shape [B, L]")
+    _check_numbers(name, mask)
+
+
+def _check_numbers(name: str, x: Tensor) -> None:
+    if x.is_meta:
+        raise ValueError(
+            f"{name}: on meta, which has no numbers; build the layout elsewhere, then layout.to('meta')"
+        )
 
 
 def _check_zeros_and_ones(name: str, mask: Tensor) -> None:
@@ -402,6 +411,8 @@ def _device_of(lengths: object, device: torch.device | str | None) -> torch.devi
 
 
 def _lengths(name: str, values: Sequence[int] | Tensor) -> Tensor:
+    if isinstance(values, Tensor):
+        _check_numbers(name, values)
     try:
         tensor = (values if isinstance(values, Tensor) else torch.tensor(values, device="cpu")).detach().cpu()
     except (TypeError, ValueError, RuntimeError):

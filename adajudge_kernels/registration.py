@@ -17,6 +17,7 @@ from torch._C import _are_functorch_transforms_active as functorch_transforms_ac
 from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
 from torch._C import _is_tracing as is_tracing
 from torch._C import _len_torch_dispatch_stack as dispatch_modes
+from torch._C._functorch import is_legacy_batchedtensor as is_batched_gradient
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.library import CustomOpDef, custom_op
@@ -63,6 +64,13 @@ class Operation:
         def gradients_if_any(ctx: Any, *grads: Tensor | None) -> Any:
             if grads and all(grad is None for grad in grads):  # nobody used any output
                 return (None,) * arguments
+            if not is_dynamo_compiling() and any(
+                isinstance(grad, Tensor) and is_batched_gradient(grad) for grad in grads
+            ):
+                raise RuntimeError(
+                    f"adajudge_kernels.{self.name} has no batched backward: no is_grads_batched=True and no "
+                    "vectorize=True; ask for one gradient at a time"
+                )
             return gradients(ctx, *grads)
 
         self._definition.register_autograd(gradients_if_any, setup_context=setup_context)
@@ -90,14 +98,16 @@ class Operation:
         for i, arg in enumerate(args):
             kind = type(arg)
             if kind is Tensor or kind is Parameter:
-                if arg.is_neg():  # a view that only the dispatcher gives its sign
+                if (
+                    arg.is_neg() or arg.is_meta
+                ):  # a view that only the dispatcher gives its sign; a shape only
                     return self._opaque(*args)
                 if arg.requires_grad:
                     wanted.append(arg)
                     places.append((i, None))
             elif kind is list:
                 for k, x in enumerate(arg):
-                    if (type(x) is not Tensor and type(x) is not Parameter) or x.is_neg():
+                    if (type(x) is not Tensor and type(x) is not Parameter) or x.is_neg() or x.is_meta:
                         return self._opaque(*args)
                     if x.requires_grad:
                         wanted.append(x)

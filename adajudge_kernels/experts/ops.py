@@ -100,8 +100,8 @@ def _experts_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 
 
 def _experts_gradients(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    views, weights = list(ctx.saved_tensors[:4]), list(ctx.saved_tensors[4:])
-    gradients = _experts_backward(list(grads), views, weights, ctx.backend)
+    saved = list(ctx.saved_tensors)  # read once: non-reentrant checkpointing allows no second reading
+    gradients = _experts_backward(list(grads), saved[:4], saved[4:], ctx.backend)
     return *gradients[:4], list(gradients[4:]), None
 
 

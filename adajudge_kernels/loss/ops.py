@@ -33,6 +33,9 @@ def focal_bradley_terry_loss(
     ``L = mean[-w (1-p)^gamma log p] + entropy_weight * mean[max(0, entropy_floor - H(pi))^2]``, H in nats.
     Computed from the logit, never from p. ``gamma=0`` without `view_weights` is plain Bradley-Terry.
 
+    Under ``torch.compile`` the numbers are constants: one that follows a schedule compiles anew at each value, so keep that
+    loss outside the compiled function (it is one launch).
+
     Args:
         chosen, rejected: rewards r+ and r-, ``[N]``.
         gamma: focusing exponent, at least 0.

@@ -210,7 +210,7 @@ def sequence_attention(
             "expected causal attention, or a packed or padded layout"
         )
     if scale is None:
-        scale = projections[0].shape[-1] ** -0.5
+        scale = int(projections[0].shape[-1]) ** -0.5
     check_number("scale", scale, 0.0, inclusive=False)
     query, key, value = _split(projections)
     chosen = choose_attention(query, layout, queries).backend

@@ -39,6 +39,7 @@ from adajudge_kernels import (
     RefinementBlock,
     SequenceLayout,
 )
+from adajudge_kernels.layers import Projection
 
 # What says where a checkpoint is, of all that from_pretrained takes.
 _WHERE = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
@@ -117,11 +118,8 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """The head starts as its own layers say; the backbone as its own class says."""
-        if isinstance(module, (RefinementBlock, ExpertCombination)):
+        if isinstance(module, (DepthGate, RefinementBlock, Projection, MultiViewPooling, ExpertCombination)):
             module.reset_parameters()
-        elif isinstance(module, (DepthGate, MultiViewPooling)):
-            for parameter in module.parameters():
-                torch.nn.init.zeros_(parameter)
 
     @classmethod
     def from_backbone(

@@ -7,6 +7,8 @@ import adajudge_kernels as ak
 from tests.kernels.batches import LAYOUTS, RAGGED, Batch, place
 from tests.kernels.conftest import INTERPRETED
 
+BF16 = 0.06 if INTERPRETED else 0.03  # of rewards of order one; the interpreter's stores truncate
+
 
 def random_head(d=24, dtype=torch.float32, **options):
     """A head whose zero-initialised parameters are random, so that every path matters."""
@@ -128,7 +130,7 @@ def test_bf16_states_with_fp32_parameters(device):
     hidden = torch.randn(layout.num_tokens, 24, device=device)
     out = head(hidden.bfloat16(), layout)
     assert out.reward.dtype == torch.float32
-    assert torch.allclose(out.reward, head(hidden, layout).reward, atol=0.03)
+    assert torch.allclose(out.reward, head(hidden, layout).reward, atol=BF16)
 
 
 def test_autocast_runs_the_head_on_fp32_states(device):
@@ -139,7 +141,7 @@ def test_autocast_runs_the_head_on_fp32_states(device):
         out = head(hidden, layout)
     out.reward.sum().backward()
     assert out.reward.dtype == torch.float32
-    assert torch.allclose(out.reward, head(hidden, layout).reward, atol=0.03)
+    assert torch.allclose(out.reward, head(hidden, layout).reward, atol=BF16)
     assert hidden.grad.dtype == torch.float32
 
 
