@@ -4,7 +4,9 @@ import functools
 import importlib.metadata
 import importlib.util
 import platform
+import sys
 import time
+import traceback
 
 import pytest
 import torch
@@ -34,6 +36,13 @@ def pytest_runtest_setup(item):
     within = item.config.getoption("--within")
     if within is not None and time.monotonic() - item.config.stash[STARTED] > within:
         pytest.skip(f"the {within:g} seconds are over")
+
+
+def pytest_runtest_teardown():
+    """A case that failed lets go of its tensors: pytest keeps the last traceback, whose frames hold them."""
+    last = getattr(sys, "last_value", None)
+    if last is not None:
+        traceback.clear_frames(last.__traceback__)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -101,6 +101,7 @@ def head_case(part, tokens, scale, width, depths, dtype, device, places):
         backward_bytes=3 * ((1 + depths) * states_bytes + weights),
         multiply_adds=depths
         * (7 * batch.rows * width**2 + squares * width),  # causal: half of the squares, twice
+        deep=True,
     )
 
 

@@ -145,6 +145,7 @@ def scoring_case(name, prompts, size, depths, dtype, device, places):
         backward_bytes=0,
         multiply_adds=of_backbone + of_head,
         floors=frozenset({FLOOR}),
+        deep=True,
         notes={"head_share_of_arithmetic": of_head / (of_backbone + of_head)},
     )
 
@@ -195,6 +196,7 @@ def training_case(name, pairs, scale, depths, dtype, device, places):
         forward_bytes=weights,
         backward_bytes=3 * weights,
         multiply_adds=batch.rows * parameters,
+        deep=True,
     )
 
 

@@ -1,7 +1,9 @@
 """What can be said without a GPU of the tests that need one: they are collected on a machine that has one, every backend's."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,3 +40,18 @@ def test_every_backends_gpu_tests_are_collected_where_there_is_a_gpu():
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     for backend in ("reference-cuda", "triton-cuda", "cuda-cuda"):
         assert result.stdout.count(backend) > 100, backend
+
+
+def test_the_gpus_benchmarks_come_in_the_order_that_the_makefile_names():
+    """Of what has not begun in time nothing is measured. One file is left out: what a call costs the CPU."""
+    root = Path(__file__).parents[1]
+    stems = re.search(r"^GPU_BENCHES := .*,([\w ]+)\)$", (root / "Makefile").read_text(), re.MULTILINE)[
+        1
+    ].split()
+    files = [f"benchmarks/test_{stem}.py" for stem in stems]
+    there = {f"benchmarks/{path.name}" for path in (root / "benchmarks").glob("test_*.py")}
+    assert there - set(files) == {"benchmarks/test_eager_cost.py"}
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-n", "0", *files]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    collected = [line.split("::")[0] for line in result.stdout.splitlines() if line.startswith("benchmarks/")]
+    assert list(dict.fromkeys(collected)) == files

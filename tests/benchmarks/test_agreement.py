@@ -12,7 +12,7 @@ from benchmarks.test_experts import experts_case
 from benchmarks.test_head import head_case
 from benchmarks.test_loss import loss_case
 from benchmarks.test_pooling import equal_lengths, pooling_case, ragged, six_candidates
-from benchmarks.test_scoring import scoring_case
+from benchmarks.test_scoring import scoring_case, training_case
 
 CPU = torch.device("cpu")
 BATCHES = {"packed": (ragged, (200,)), "shared": (six_candidates, (2,)), "equal": (equal_lengths, (3, 21))}
@@ -70,6 +70,52 @@ def test_honest_losses_pass(side, backward):
 @backwards
 def test_honest_refinement_passes(side, dtype, backward):
     head_case("refinement", 200, 0.1, 16, 2, dtype, CPU, 1).check(side, backward)
+
+
+@pytest.mark.parametrize("side", [OURS, "eager"])
+@pytest.mark.parametrize("tokens", [200, 600])
+@both_dtypes
+@backwards
+def test_honest_heads_pass(side, tokens, dtype, backward):
+    head_case("head", tokens, 0.3, 64, 3, dtype, CPU, 1).check(side, backward)
+
+
+def training(dtype):
+    return training_case("tiny", 2, 0.1, 3, dtype, CPU, 1)
+
+
+@pytest.mark.parametrize("side", [OURS, "padded"])
+@both_dtypes
+def test_honest_training_steps_pass(side, dtype):
+    training(dtype).check(side, True)
+
+
+def constant(x):
+    """x without a derivative, as autograd sees it: zero, not none."""
+    return x.detach() + 0 * x
+
+
+@pytest.mark.parametrize(
+    ("stage", "without"),
+    [
+        ("eager_pooling", lambda last, mean, attention: (last, mean, constant(attention))),
+        ("eager_refinement", lambda states, weights, prompt: (states, constant(weights), prompt)),
+        (
+            "eager_refinement",
+            lambda states, weights, prompt: ([*states[:-1], constant(states[-1])], weights, prompt),
+        ),
+    ],
+    ids=["attention view", "depth weights", "last state"],
+)
+@both_dtypes
+def test_a_training_step_that_leaves_out_a_gradient_is_refused(stage, without, dtype, monkeypatch):
+    """The same loss to the last bit, less of its derivative."""
+    case = training(dtype)
+    case.check("padded", True)  # and keeps the exact gradients
+    honest = getattr(eager, stage)
+    monkeypatch.setattr(eager, stage, lambda *arguments: without(*honest(*arguments)))
+    with pytest.raises(DifferentResults, match=r"training step, padded: gradient [0-9]+ is off by"):
+        case.check("padded", True)
 
 
 def test_a_whole_judge_without_the_attention_view_is_refused(monkeypatch):
