@@ -26,9 +26,10 @@ but for "backbone alone": what ours would take if its head cost nothing.
   bandwidth is not the limit, and inputs that stay in a cache can exceed it.
 - **peak MB**: memory that the computation takes at most beyond its inputs, in 10^6 bytes.
 - **eager products** of pooling: what is linear in the states is done before they are mixed, so that no mixed state is formed.
-- **packed** of the refinement stage: plain PyTorch on packed rows. Liger-Kernel and flash-linear-attention are there where a
+- **eager packed**: plain PyTorch on packed rows. Liger-Kernel and flash-linear-attention are there where a
   GPU has them installed (`pip install -e '.[bench-libraries]'`): their norms and SwiGLU, the same matrix products, and our
   attention, flash-linear-attention's its own.
+- **prompts not shared** of scoring: our judge on packed rows, each with its own prompt.
 - **scoring** reads prompts of RM-Bench, of 10 to 100 tokens: what it gains is padding, hardly shared prompts. "Candidates of
   one prompt" has a long one.
 - **eager cost of**: what a call of the Triton backend costs the CPU, launches left out on all sides, beside the same call

@@ -21,10 +21,10 @@ ROOT = Path(__file__).parent.parent
 def table(path: str | Path) -> str:
     """What the README says of a file, in Markdown.
 
-    A row for each case, dtype and work: our time, how many times ours the time of each main other side is, the share of the
-    bandwidth that we reach, and peak memory beyond the inputs in MB, ours and eager's. Where no main side is measured (whole
-    judges), a second table has the useful tokens per second of every side, and its time over ours. Entries without a shape
-    are the page's alone.
+    A row for each case, dtype and work, of its largest size (of those with the most main sides): our time, how many times
+    ours the time of each main other side is, the share of the bandwidth that we reach, and peak memory beyond the inputs in
+    MB, ours and eager's. Where no main side is measured (whole judges), a second table has the useful tokens per second of
+    every side, and its time over ours. Entries without a shape are the page's alone.
 
     Raises:
         OSError, ValueError, KeyError: where that is no file of pytest-benchmark.
@@ -34,7 +34,7 @@ def table(path: str | Path) -> str:
     tables = []
     if run.operations:
         header = ["case", "work", OURS, *others, "of bandwidth", "MB, ours / eager"]
-        rows = [[*key, *_comparison(run, sides, others)] for key, sides in run.operations.items()]
+        rows = [[*key, *_comparison(run, sides, others)] for key, sides in _largest(run)]
         tables.append(grid(header, rows))
     rows = [
         [
@@ -51,6 +51,22 @@ def table(path: str | Path) -> str:
     if rows:
         tables.append(grid(["whole judge", "side", "useful tokens per second", "over ours"], rows))
     return "\n\n".join(tables)
+
+
+def _largest(run: Run) -> list[tuple[tuple[str, str], dict[str, Entry]]]:
+    """Of `Run.operations` one size of each case, dtype and work, in their order."""
+
+    def case(sides: dict[str, Entry]) -> tuple[str, ...]:
+        ours = sides[OURS]
+        return ours.source, ours.family, ours.dtype, ours.work
+
+    def size(sides: dict[str, Entry]) -> tuple[int, int]:
+        return len(set(MAIN) & set(sides)), sides[OURS].bytes_that_must_move or 0
+
+    most: dict[tuple[str, ...], tuple[int, int]] = {}
+    for sides in run.operations.values():
+        most[case(sides)] = max(most.get(case(sides), (0, 0)), size(sides))
+    return [(key, sides) for key, sides in run.operations.items() if size(sides) == most[case(sides)]]
 
 
 def _comparison(run: Run, sides: dict[str, Entry], others: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from benchmarks.eager import eager_head, eager_refinement
 from benchmarks.packed import LIBRARIES, packed_refinement, plain, usable_libraries
 
 ON_PADDED = [OURS, "eager", "torch.compile"]
-ON_PACKED = ["packed", "packed, torch.compile", *LIBRARIES]
+ON_PACKED = ["eager packed", "eager packed, torch.compile", *LIBRARIES]
 
 
 def head_case(part, tokens, scale, width, depths, dtype, device, places):
@@ -78,8 +78,8 @@ def head_case(part, tokens, scale, width, depths, dtype, device, places):
         return Side(lambda states, *_: run(states), leaves(hidden))
 
     of_stage = {
-        "packed": packed(plain()),
-        "packed, torch.compile": packed(plain(), compiling=True),
+        "eager packed": packed(plain()),
+        "eager packed, torch.compile": packed(plain(), compiling=True),
         **{name: packed(make()) for name, make in usable_libraries(device).items()},
     }
     squares = int(batch.attention.sum(dim=1).square().sum())

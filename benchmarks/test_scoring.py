@@ -132,7 +132,7 @@ def scoring_case(name, prompts, size, depths, dtype, device, places):
         device=device,
         sides={
             OURS: Side(lambda: [torch.tensor([score.reward for score in engine.score(rows)])], [[]]),
-            "packed": Side(lambda: [packed_rewards(model, rows, engine.token_budget)], [[]]),
+            "prompts not shared": Side(lambda: [packed_rewards(model, rows, engine.token_budget)], [[]]),
             "padded, arrival order": Side(lambda: [padded_loop(other, batch, ids, arrival, size)], [[]]),
             "padded, sorted by length": Side(
                 lambda: [padded_loop(other, batch, ids, counts.argsort(), size)], [[]]
@@ -200,7 +200,9 @@ def training_case(name, pairs, scale, depths, dtype, device, places):
     )
 
 
-@pytest.mark.parametrize("side", [OURS, "packed", "padded, arrival order", "padded, sorted by length", FLOOR])
+@pytest.mark.parametrize(
+    "side", [OURS, "prompts not shared", "padded, arrival order", "padded, sorted by length", FLOOR]
+)
 def test_scoring(measured, backbones, side, chosen, device):
     build = functools.partial(
         scoring_case, backbones, chosen.prompts, chosen.padded_rows, chosen.depths, chosen.dtypes[0], device

@@ -65,7 +65,7 @@ def test_honest_losses_pass(side, backward):
     loss_case(40, CPU, 1).check(side, backward)
 
 
-@pytest.mark.parametrize("side", [OURS, "eager", "packed"])
+@pytest.mark.parametrize("side", [OURS, "eager", "eager packed"])
 @both_dtypes
 @backwards
 def test_honest_refinement_passes(side, dtype, backward):

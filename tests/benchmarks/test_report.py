@@ -78,7 +78,10 @@ def test_what_a_benchmark_does_not_say_is_left_empty(table_of, without, column):
     said, other = "T=64 B=2 d=8 K=1", "T=128 B=2 d=8 K=1"
     header, *rows = table_of(
         *(synthetic.benchmark(side, 1e-3, shape=said) for side in (OURS, "eager")),
-        *(synthetic.benchmark(side, 1e-3, shape=other, **{without: None}) for side in (OURS, "eager")),
+        *(
+            synthetic.benchmark(side, 1e-3, "gate", shape=other, **{without: None})
+            for side in (OURS, "eager")
+        ),
     )
     assert [bool(row[header.index(column)]) for row in rows] == [True, False]
 
@@ -107,25 +110,39 @@ def test_a_size_is_said_once(table_of, case, shape, name):
 def test_forward_and_backward_of_a_case_are_neighbours(table_of):
     rows = table_of(
         *(
-            synthetic.benchmark(side, 1e-3, work=work, shape=f"T={tokens}")
+            synthetic.benchmark(side, 1e-3, case, work=work)
             for side in (OURS, "eager")
             for work in ("forward", "forward + backward")
-            for tokens in TOKENS
+            for case in ("pooling", "gate", "loss")
         )
     )[1:]
     assert [row[1] for row in rows] == ["forward", "forward + backward"] * 3
-    assert [row[0] for row in rows] == [f"pooling, packed, T={t}, bf16" for t in TOKENS for _ in range(2)]
+    assert [row[0].partition(",")[0] for row in rows] == ["pooling"] * 2 + ["gate"] * 2 + ["loss"] * 2
+
+
+def test_of_each_case_the_largest_size_is_shown_that_has_the_most_sides(table_of, page_of):
+    made = [
+        synthetic.benchmark(side, 1e-3, shape=f"T={tokens}", moved=1000 * tokens, dtype=dtype)
+        for dtype in ("float32", "bfloat16")
+        for tokens in TOKENS
+        for side in (OURS, "eager", *(["eager packed"] if tokens < 16384 else []))
+    ]
+    assert [row[0] for row in table_of(*made)[1:]] == [
+        f"pooling, packed, T=4096, {dtype}" for dtype in ("bf16", "fp32")
+    ]
+    for tokens in TOKENS:
+        assert f"pooling, packed, T={tokens}, fp32" in page_of(made)
 
 
 def test_whole_judges_have_tokens_per_second_by_side(table_of):
     shape = "T=900 B=3 d=64"
     made = {"case": "scoring", "shape": shape}
     rows = table_of(
-        synthetic.benchmark("packed", 1.0, useful_tokens_per_second=12345.6, **made),
+        synthetic.benchmark("prompts not shared", 1.0, useful_tokens_per_second=12345.6, **made),
         synthetic.benchmark("padded, arrival order", 1.0, useful_tokens_per_second=6000.0, **made),
     )
     name = f"scoring, {shape}, bf16, forward"
-    assert rows[1:] == [[name, "packed", "12 346"], [name, "padded, arrival order", "6 000"]]
+    assert rows[1:] == [[name, "prompts not shared", "12 346"], [name, "padded, arrival order", "6 000"]]
 
 
 def test_the_cost_of_a_call_is_the_pages_alone(table_of, page_of):
@@ -184,8 +201,8 @@ def test_a_million_tokens_cost_the_price_of_their_time():
 
 
 def test_the_page_has_each_sides_cost_at_the_given_price(page_of):
-    made = [synthetic.benchmark("packed", 1.0, "scoring", useful_tokens_per_second=10_000.0)]
-    assert "| packed | 10 000 | 0.0833 |" in page_of(made, arguments=["--price-per-hour", "3"])
+    made = [synthetic.benchmark("prompts not shared", 1.0, "scoring", useful_tokens_per_second=10_000.0)]
+    assert "| prompts not shared | 10 000 | 0.0833 |" in page_of(made, arguments=["--price-per-hour", "3"])
 
 
 def test_the_page_has_a_section_for_each_file(page_of):
