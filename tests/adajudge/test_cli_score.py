@@ -142,7 +142,7 @@ def test_a_pipe_that_stays_open_is_answered_window_by_window(monkeypatch):
 
 
 def test_without_a_terminal_progress_is_a_line_from_time_to_time(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("adajudge.cli.score._LINE_SECONDS", 0.0)
+    monkeypatch.setattr("adajudge.cli.progress._LINE_SECONDS", 0.0)
     source = write_lines(tmp_path / "rows.jsonl", *(GOOD | {"id": str(i)} for i in range(5)))
     assert main(["score", source, "--output", str(tmp_path / "scores.jsonl"), "--window", "2"]) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("scoring: ")]

@@ -1,17 +1,22 @@
 """Explanations: exact where they say what the judge computed, and measured where they say what a part adds."""
 
 import json
+import re
 
 import pytest
 import torch
 from adajudge import Scorer
 from adajudge.cli import main
 from adajudge.data import EncodedRow, Message, Row, RowError, read_rows
-from adajudge.explain import Part, explain, write_page
+from adajudge.explain import Explanation, Part, Token, explain, write_page
 from adajudge.explain.explanation import attention_weights, split
+from adajudge.explain.token_texts import token_texts
+from adajudge.scoring import Score
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import decoders
 
+from tests.adajudge.chat_templates.families import NAMES, family_tokenizer
 from tests.adajudge.judges import random_judge
 from tests.test_readme import ROOT
 
@@ -85,6 +90,49 @@ def test_a_response_of_one_part_has_no_effect(scorer):
     assert (one.name, two.name) == ("responses[0]", "responses[1]")
 
 
+def test_of_a_response_that_was_cut_no_effect_is_measured():
+    """Without a part other text would take its room."""
+    scorer = Scorer.from_pretrained(unknown_limit=1.0, max_length=24, truncate_response=True)
+    long = " . ".join(f"the ball {i}" for i in range(20))
+    row = Row("x", 1, "candidates", (Message("user", "hello"),), (long, "the ball . the goal ."))
+    cut, whole = explain(scorer, row)
+    assert cut.score.truncated
+    assert {part.effect for part in cut.parts} == {None}
+    assert None not in {part.effect for part in whole.parts}
+
+
+def test_what_would_not_be_scored_has_no_effect():
+    """A rest of white space, and one of unknown words."""
+    scorer = Scorer.from_pretrained(unknown_limit=0.3)
+    prompt = (Message("user", "tell me"),)
+    (item,) = explain(scorer, Row("x", 1, "single", prompt, ("\n\nthe ball .",)))
+    assert [part.effect is None for part in item.parts] == [False, True]
+    response = "xylophone quartz . the ball and the goal and the ball and the goal ."
+    (item,) = explain(scorer, Row("x", 1, "single", prompt, (response,)))
+    assert [part.effect is None for part in item.parts] == [False, True]
+
+
+def llama_2_tokenizer():
+    """It takes the first space away when it decodes."""
+    tokenizer = family_tokenizer("mistral")
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+@pytest.mark.parametrize("family", [*NAMES, "llama2"])
+@pytest.mark.parametrize(
+    "text", ["the quick brown fox . hello", "你好 👋 fine", "a\n\n  b\tc", "é" * 5 + " ﷺ"]
+)
+def test_token_texts_make_the_text(family, text):
+    tokenizer = llama_2_tokenizer() if family == "llama2" else family_tokenizer(family)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    texts = token_texts(tokenizer, ids)
+    assert len(texts) == len(ids)
+    assert "".join(texts) == tokenizer.decode(ids)
+    assert "\ufffd" not in "".join(texts)
+
+
 def test_a_row_that_cannot_be_scored_is_an_error():
     strange = Row("x", 7, "single", (Message("user", "hello"),), ("xylophone zebra quartz .",))
     error = explain(Scorer.from_pretrained(), strange)
@@ -98,6 +146,44 @@ def test_parts_make_the_response(text):
     assert "".join(parts) == text
     assert all(parts)
     assert len(parts) <= 40
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("One. Two! Three?", ["One. ", "Two! ", "Three?"]),
+        ("See e.g. this. Then that.", ["See e.g. this. ", "Then that."]),
+        ("1. First.\n2. Second.", ["1. First.\n", "2. Second."]),
+        ('He said "yes." She left.', ['He said "yes." ', "She left."]),
+        ("“你好。”他说。再见。。。", ["“你好。”", "他说。", "再见。。。"]),
+        ("no end", ["no end"]),
+    ],
+)
+def test_parts_are_sentences(text, parts):
+    assert split(text) == parts
+
+
+def test_a_page_shows_the_numbers(tmp_path):
+    """Products of score and weight; blue where a part raises the reward, red where it lowers it, as strong as it does."""
+    score = Score(0.25, (1.0, -2.0, 3.0), (0.25, 0.5, 0.25), (0.125, 0.875), 3, 2, False, 0.0, False)
+    tokens = tuple(
+        Token(*x) for x in (("p", False, 0.5, 0.125), ("", True, 0.25, 0.25), ("é", True, 0.25, 0.5))
+    )
+    parts = (Part("up. ", 0.5), Part("down. ", -0.0025), Part("same.", None))
+    row = Row("x", 1, "single", (Message("user", "p"),), ("up. down. same.",))
+    write_page(tmp_path / "page.html", [(row, [Explanation("response", score, tokens, parts)])], "t")
+    page = (tmp_path / "page.html").read_text()
+    for view, product in (("last", "+0.250"), ("mean", "-1.000"), ("attention", "+0.750")):
+        assert re.search(rf"<th>{view}</th><td>.*?</td><td>.*?</td><td>{re.escape(product)}</td>", page)
+    shown = re.findall(
+        r"rgba\((\d+),\d+,\d+,([\d.]+)\)'><bdi>(\w+)\.</bdi>&thinsp;<sub>([-+.\de]+)</sub>", page
+    )
+    assert shown == [("45", "0.60", "up", "+0.5"), ("200", "0.00", "down", "-0.0025")]
+    assert "<bdi>same.</bdi></div>" in page
+    heat = re.findall(
+        r"title='evidence ([\d.]+), attention ([\d.]+)' style='background:rgba\([\d,]+,([\d.]+)\)'>(.)<", page
+    )
+    assert heat == [("0.1250", "0.5000", "0.14", "p"), ("0.7500", "0.5000", "0.85", "é")]
 
 
 def test_a_page_shows_text_as_text(scorer, tmp_path):
@@ -121,6 +207,16 @@ def test_the_command_line(tmp_path, capsys):
     records = [json.loads(line) for line in (tmp_path / "x.jsonl").open()]
     assert [len(record["explanations"]) for record in records] == [2, 2]
     assert records[0]["explanations"][0]["parts"][0].keys() == {"text", "effect"}
+    tie = {"context": [{"role": "user", "content": "hello"}], "response1": "the ball .", "response2": "the goal .",
+           "overall_preference": 0}  # fmt: skip
+    (tmp_path / "tie.jsonl").write_text(json.dumps(tie) + "\n")
+    assert (
+        main(
+            ["explain", str(tmp_path / "tie.jsonl"), "--output", str(tmp_path / "x.jsonl"), "--allow_unknown"]
+        )
+        == 0
+    )
+    assert "1 rows explained" in capsys.readouterr().out
     for target, reason in (("x.txt", "unknown extension"), ("none/x.html", "a folder that exists")):
         assert main(["explain", examples, "--output", str(tmp_path / target)]) == 2
         assert reason in capsys.readouterr().err

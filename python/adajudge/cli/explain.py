@@ -1,4 +1,4 @@
-"""Explain rewards: what each view says, which tokens are read, what each part of a response adds.
+"""Explain rewards: what each view says, which tokens are read, and the reward without each part of a response.
 
 Exit code 0: every row was explained. 1: some rows could not be (they are named). 2: the input, the output or the judge cannot
 be used.
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adajudge.cli import judge_options
+from adajudge.cli.targets import check_extension, check_targets
 
 if TYPE_CHECKING:
     from adajudge.data import Row, RowError
@@ -43,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
     from adajudge.explain import explain, write_page
 
     try:
-        _check_output(args)
+        check_extension("output", args.output, [".html", ".jsonl", ".jsonl.gz"])
+        check_targets({"output": args.output}, [args.input])
         reader = read_rows(args.input, keep_ties=True)
         scorer = judge_options.load_scorer(args, args.device)
         found: list[tuple[Row, list[Explanation]] | RowError] = []
@@ -64,16 +65,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"not explained: {item}", file=sys.stderr)
     print(f"{len(found) - len(errors)} rows explained: {args.output}")
     return 1 if errors else 0
-
-
-def _check_output(args: argparse.Namespace) -> None:
-    target = Path(args.output)
-    if not args.output.lower().endswith((".html", ".jsonl", ".jsonl.gz")):
-        raise ValueError(f"--output {target}: unknown extension; expected .html, .jsonl or .jsonl.gz")
-    if not target.absolute().parent.is_dir() or target.is_dir():
-        raise ValueError(f"--output {target}: expected a file in a folder that exists")
-    if target.exists() and os.path.exists(args.input) and target.samefile(args.input):
-        raise ValueError(f"--output {target}: the input would be overwritten; name another file")
 
 
 def _write_records(target: str, found: list[tuple[Row, list[Explanation]] | RowError]) -> None:

@@ -13,13 +13,13 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adajudge.cli import judge_options
 from adajudge.cli.judge_options import load_scorer
+from adajudge.cli.progress import progress
+from adajudge.cli.targets import check_picture
 
 if TYPE_CHECKING:
     from adajudge.cli.summary import Summary
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 _TABLE_ROWS = 100
 _FILE_WIDTH = 120  # of what is printed to no terminal
-_LINE_SECONDS = 60.0  # between lines of progress there
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,11 +117,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
 
 def _check_plot(path: str) -> None:
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    known = FigureCanvasBase.get_supported_filetypes()
-    if Path(path).suffix.lower().removeprefix(".") not in known:
-        raise ValueError(f"--plot {path}: unknown extension; expected one of {', '.join(sorted(known))}")
+    check_picture(path)
     if not Path(path).absolute().parent.is_dir():
         raise ValueError(f"--plot {path}: the folder {Path(path).parent} does not exist")
 
@@ -192,7 +187,7 @@ def _stream(reader: RowReader, scorer: Scorer, summary: Summary) -> None:
     from adajudge.scoring.parts import Part
     from adajudge.scoring.scorer import windows_of
 
-    with RecordWriter("-") as writer, _progress(reader, scorer) as show:
+    with RecordWriter("-") as writer, progress(reader.total, lambda: scorer.tokens_scored) as show:
         for results in scorer.score_windows(windows_of(summary.watch(reader), scorer.window)):
             part = Part.of(results)
             for record in part.records:
@@ -212,7 +207,7 @@ def _run_job(
     with ScoringJob(scorer, args.output, ranks=ranks, fresh=args.fresh) as job:
         if ranks.first:
             _print_resumed(job)
-        with _progress(reader, scorer, ranks) as show:
+        with progress(reader.total, lambda: scorer.tokens_scored, ranks.rank, ranks.size) as show:
 
             def merged(part: Part, resumed: bool) -> None:
                 summary.add(part, resumed)
@@ -231,43 +226,6 @@ def _print_resumed(job: ScoringJob) -> None:
         print(f"goes on from {job.folder}: {rows} rows are scored already", file=sys.stderr)
     if job.notice is not None:
         print(f"{job.folder}: {job.notice}", file=sys.stderr)
-
-
-@contextmanager
-def _progress(
-    reader: RowReader, scorer: Scorer, ranks: Ranks | None = None
-) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on a terminal, else a line a minute; told what is being done, the rows passed, and those scored by this
-    process."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    first = ranks is None or ranks.first
-    shown = first and console.is_terminal
-    several = f" (rank 0 of {ranks.size})" if ranks is not None and ranks.size > 1 else ""
-    texts = TextColumn("{task.description}"), TextColumn("{task.fields[rate]}")
-    columns = (texts[0], BarColumn(), MofNCompleteColumn(), texts[1], TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
-        total = reader.total() if shown else None
-        task = progress.add_task("scoring", total=total, rate="")
-        started = told = time.perf_counter()
-
-        def show(doing: str, passed: int, scored: int) -> None:
-            nonlocal told
-            now = time.perf_counter()
-            seconds = max(now - started, 1e-9)
-            rate = ""
-            if doing == "scoring":
-                rate = (
-                    f"{scored / seconds:,.0f} rows/s, {scorer.tokens_scored / seconds:,.0f} tokens/s{several}"
-                )
-            progress.update(task, description=doing, completed=passed, rate=rate)
-            if first and not shown and now - told >= _LINE_SECONDS:
-                told = now
-                print(f"{doing}: {passed:,} rows passed {rate}".rstrip(), file=sys.stderr)
-
-        yield show
 
 
 def _report(args: argparse.Namespace, summary: Summary, backend: str) -> None:

@@ -140,6 +140,20 @@ def _lines_into(file: Any) -> IO[str]:
     return io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
+def write_text(target: str | os.PathLike[str], text: str) -> None:
+    """Write a file whole or not at all; half a surrogate pair is written as its escape."""
+    partial = Path(os.fspath(target) + ".partial")
+    try:
+        with open(partial, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def sync_folder(folder: Path) -> None:
     """Put on the disk which names a folder has: a file that was renamed in it has its new name after a loss of power."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -1,17 +1,17 @@
 """The benchmarks: how a record of each is read, and what its figures are made of.
 
 Each row (a prompt with its responses) gives a few numbers, called its values. Figures are made of the means of these over the
-rows of a group, so that a bootstrap needs no more than other weights in the means.
+rows of a group, so that an interval needs no more than other weights in the means.
 
-=================  ===========================================================================  =======================
-benchmark          keys of a record                                                             groups
-=================  ===========================================================================  =======================
-``rm-bench``       ``prompt``, ``chosen`` [3], ``rejected`` [3] (concise, detailed, Markdown),   chat, code, math, safety
-                   ``domain``
-``judge-bench``    ``question``, ``response_A``, ``response_B``, ``label``, ``source``           by ``source``
-``reward-bench-2``  ``prompt``, ``chosen``, ``rejected``, ``num_correct``, ``subset``, ``id``     by ``subset``
-``pairs``          a pair in any format of `adajudge.data`                                      by ``domain``
-=================  ===========================================================================  =======================
+==================  ==========================================================================  =======================
+benchmark           keys of a record                                                            groups
+==================  ==========================================================================  =======================
+``rm-bench``        ``prompt``, ``chosen`` [3], ``rejected`` [3] (concise, detailed, Markdown),  chat, math, code, safety
+                    ``domain``
+``judge-bench``     ``question``, ``response_A``, ``response_B``, ``label``, ``source``          by ``source``
+``reward-bench-2``  ``prompt``, ``chosen``, ``rejected``, ``num_correct``, ``subset``, ``id``    by ``subset``
+``pairs``           a pair in any format of `adajudge.data`                                     by ``domain``
+==================  ==========================================================================  =======================
 """
 
 from __future__ import annotations
@@ -19,16 +19,24 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from adajudge.data import Row, RowError, parse_row
 
-Floats = NDArray[np.float64]
+from .intervals import Floats
+
 Columns = dict[str, Floats]  # title -> [draws]
+
+
+class Observation(NamedTuple):
+    """What a scored row counts for."""
+
+    group: str
+    prompt: Hashable  # rows of one prompt are no independent samples
+    values: tuple[float, ...]
 
 
 class Benchmark(ABC):
@@ -36,43 +44,102 @@ class Benchmark(ABC):
 
     Attributes:
         name: as the command line names it.
-        keys: what a record has, and those of no benchmark before it in `BENCHMARKS`.
+        keys: what a record has.
+        row_id: the key of a record's id.
+        counts_by_file: whether each file has ids of its own.
         groups: what the whole benchmark consists of; empty: whatever comes.
     """
 
     name: str
-    keys: frozenset[str]
+    keys: tuple[str, ...] = ()
+    row_id = "id"
+    counts_by_file = False
     groups: tuple[str, ...] = ()
 
     @abstractmethod
+    def recognises(self, record: Mapping[str, Any]) -> bool:
+        """Whether a record is of this benchmark, and of none before it in `BENCHMARKS`; it need not be sound."""
+
+    @abstractmethod
     def parse(self, record: Mapping[str, Any], line: int, domain: str | None) -> Row | RowError:
-        """The row of a record; what `group` and `values` need is in its `extra`."""
+        """The row of a record that has the keys; what `observe` needs is in its `extra`."""
+
+    def identity(self, record: Mapping[str, Any], domain: str | None) -> Hashable | None:
+        """What no two records share; None: the record has no id."""
+        return None if record.get(self.row_id) is None else str(record[self.row_id])
 
     @abstractmethod
-    def group(self, row: Row) -> str:
-        """The group that a row counts in."""
+    def observe(self, row: Row, rewards: Sequence[float]) -> Observation:
+        """What a row counts for with the reward of each of its responses."""
 
-    @abstractmethod
-    def values(self, row: Row, rewards: Sequence[float]) -> list[float]:
-        """The numbers of a row with the reward of each of its responses."""
+    def limits(self, group: str, count: int) -> tuple[Floats, Floats]:
+        """The least and the greatest that each of the `count` values of a group can be, ``[count]``."""
+        return np.zeros(count), np.ones(count)
 
-    def units(self, scored: Iterable[tuple[Row, Sequence[float]]]) -> dict[str, Floats]:
-        """The values ``[rows, values]`` of each group, groups in the order of the benchmark."""
-        found: dict[str, list[list[float]]] = defaultdict(list)
-        for row, rewards in scored:
-            found[self.group(row)].append(self.values(row, rewards))
-        order = [*(g for g in self.groups if g in found), *sorted(found.keys() - set(self.groups))]
-        return {group: np.array(found[group], dtype=np.float64) for group in order}
+    def units(self, group: str, observations: Sequence[Observation]) -> tuple[Floats, list[Hashable]]:
+        """The values ``[units, V]`` of a group's rows, and whose prompt's each unit is."""
+        values = np.array([x.values for x in observations], dtype=np.float64)
+        return values, [x.prompt for x in observations]
 
     def columns(self, group: str, means: Floats) -> Columns:
-        """The figures (0 to 1) of a group, of the means ``[draws, values]`` of its values."""
+        """The figures (0 to 1) of a group, of the means ``[draws, V]`` of its values."""
         return {"accuracy": means[:, 0]}
 
-    def overall(self, table: Mapping[str, Columns], rows: Mapping[str, int]) -> dict[str, Columns]:
-        """The figures of all groups together: their plain mean, ``overall`` where it is of the whole benchmark."""
-        name = "overall" if set(self.groups) == set(table) else f"mean of {len(table)}"
-        columns = next(iter(table.values()))
-        return {name: {title: np.mean([c[title] for c in table.values()], axis=0) for title in columns}}
+    def missing(self, record: Mapping[str, Any], line: int) -> RowError | None:
+        """The error of a record without one of the keys."""
+        for key in self.keys:
+            if record.get(key) is None:
+                return self._error(
+                    record, line, key, f"missing; expected in every record of {self.name} (--benchmark)"
+                )
+        return None
+
+    def _error(self, record: Mapping[str, Any], line: int, field: str, reason: str) -> RowError:
+        row_id = record.get(self.row_id)
+        return RowError(line, str(line if row_id is None else row_id), field, reason)
+
+    def _candidates(
+        self,
+        record: Mapping[str, Any],
+        line: int,
+        responses: Mapping[str, Any],
+        extra: dict[str, Any],
+        prompt: str = "prompt",
+    ) -> Row | RowError:
+        """A row of named responses; errors have the record's names."""
+        found = {
+            "id": record.get(self.row_id),
+            "prompt": record[prompt],
+            "responses": list(responses.values()),
+        }
+        row = parse_row(found | extra, line)
+        if isinstance(row, Row):
+            return row
+        places = {f"responses[{i}]": name for i, name in enumerate(responses)}
+        names = {"prompt": prompt, "id": self.row_id, **places}
+        field = re.match(r"\w+(\[\d+\])?", row.field)
+        known = field[0] if field and field[0] in names else row.field.partition("[")[0]
+        return RowError(line, row.id, names.get(known, known) + row.field.removeprefix(known), row.reason)
+
+    def totals(self, table: Mapping[str, Columns], rows: Mapping[str, int]) -> dict[str, Columns]:
+        """The figures of all groups together: their plain mean, ``overall`` where it is of the whole benchmark. A group without
+        a figure is none of them."""
+        there = {group: columns for group, columns in table.items() if not np.isnan(_first(columns)[0])}
+        if not there:
+            return {}
+        name = "overall" if set(self.groups) == set(there) else f"mean of {len(there)}"
+        titles = next(iter(there.values()))
+        return {name: {title: np.mean([c[title] for c in there.values()], axis=0) for title in titles}}
+
+
+def _first(columns: Columns) -> Floats:
+    return next(iter(columns.values()))
+
+
+def _over_rows(table: Mapping[str, Columns], rows: Mapping[str, int]) -> Columns:
+    """Accuracy over all rows, whatever their group."""
+    right = sum(rows[group] * columns["accuracy"] for group, columns in table.items())
+    return {"accuracy": np.asarray(right / sum(rows.values()))}
 
 
 class RMBench(Benchmark):
@@ -84,8 +151,13 @@ class RMBench(Benchmark):
     """
 
     name = "rm-bench"
-    keys = frozenset({"prompt", "chosen", "rejected"})
+    keys = ("prompt", "chosen", "rejected")
     groups = ("chat", "math", "code", "safety")
+
+    def recognises(self, record: Mapping[str, Any]) -> bool:
+        """Lists of texts; lists of messages are pairs."""
+        sides = [record.get(side) for side in ("chosen", "rejected")]
+        return any(isinstance(x, (list, tuple)) and x and all(isinstance(y, str) for y in x) for x in sides)
 
     def parse(self, record: Mapping[str, Any], line: int, domain: str | None) -> Row | RowError:
         """Both lists have three texts; safety-refuse and safety-response are one group."""
@@ -93,21 +165,22 @@ class RMBench(Benchmark):
         group = "safety" if named in ("safety-refuse", "safety-response") else named
         if group not in self.groups:
             expected = ", ".join((*self.groups, "safety-refuse", "safety-response"))
-            return _error(record, line, "domain", f"{named!r}; expected one of {expected} (--domain)")
+            return self._error(record, line, "domain", f"{named!r}; expected one of {expected} (--domain)")
         for side in ("chosen", "rejected"):
             if not isinstance(record[side], (list, tuple)) or len(record[side]) != 3:
-                return _error(
-                    record, line, side, "expected three responses: concise, detailed, with Markdown"
-                )
-        return _candidates(record, line, _lists(record), {"group": group})
+                expected = "expected three responses: concise, detailed, with Markdown"
+                return self._error(record, line, side, f"{_count(record[side])} came, {expected}")
+        return self._candidates(record, line, _lists(record), {"group": group})
 
-    def group(self, row: Row) -> str:
-        """Its domain."""
-        return str(row.extra["group"])
+    def identity(self, record: Mapping[str, Any], domain: str | None) -> Hashable | None:
+        """Each file of a domain counts from one."""
+        row_id = super().identity(record, domain)
+        return None if row_id is None else (str(record.get("domain") or domain), row_id)
 
-    def values(self, row: Row, rewards: Sequence[float]) -> list[float]:
+    def observe(self, row: Row, rewards: Sequence[float]) -> Observation:
         """``M`` of one row, by rows."""
-        return [float(chosen > rejected) for chosen in rewards[:3] for rejected in rewards[3:]]
+        wins = (float(chosen > rejected) for chosen in rewards[:3] for rejected in rewards[3:])
+        return Observation(str(row.extra["group"]), hash(row.prompt), tuple(wins))
 
     def columns(self, group: str, means: Floats) -> Columns:
         """Hard, normal, easy and their mean."""
@@ -122,38 +195,38 @@ class RMBench(Benchmark):
 
 
 class JudgeBench(Benchmark):
-    """JudgeBench (Tan et al., ICLR 2025): which of two answers is right. A has to be strictly above to win; ``overall`` is over
-    all rows, ``mean of groups`` over the groups."""
+    """JudgeBench (Tan et al., ICLR 2025): which of two answers is right. A has to be strictly above to win; ``overall`` (``all
+    rows``, where groups are missing) is over all rows, ``mean of`` over the groups."""
 
     name = "judge-bench"
-    keys = frozenset({"question", "response_A", "response_B", "label", "source"})
+    keys = ("question", "response_A", "response_B", "label", "source")
+    row_id = "pair_id"
     groups = ("mmlu-pro", "livebench-reasoning", "livebench-math", "livecodebench")
+
+    def recognises(self, record: Mapping[str, Any]) -> bool:
+        """By its two responses."""
+        return {"response_A", "response_B"} <= record.keys()
 
     def parse(self, record: Mapping[str, Any], line: int, domain: str | None) -> Row | RowError:
         """The label is ``A>B`` or ``B>A``."""
         label, source = record["label"], str(record["source"])
         if label not in ("A>B", "B>A"):
-            return _error(record, line, "label", f"{label!r}; expected 'A>B' or 'B>A'")
+            return self._error(record, line, "label", f"{label!r}; expected 'A>B' or 'B>A'")
         responses = {name: record[name] for name in ("response_A", "response_B")}
         group = next((name for name in self.groups if source.startswith(name)), source)
         extra = {"group": group, "first": label == "A>B"}
-        return _candidates(record, line, responses, extra, "question", "pair_id")
+        return self._candidates(record, line, responses, extra, "question")
 
-    def group(self, row: Row) -> str:
-        """What its source begins with."""
-        return str(row.extra["group"])
-
-    def values(self, row: Row, rewards: Sequence[float]) -> list[float]:
+    def observe(self, row: Row, rewards: Sequence[float]) -> Observation:
         """Whether the side that the rewards name is the label's."""
-        return [float((rewards[0] > rewards[1]) == row.extra["first"])]
+        right = (rewards[0] > rewards[1]) == row.extra["first"]
+        return Observation(str(row.extra["group"]), hash(row.prompt), (float(right),))
 
-    def overall(self, table: Mapping[str, Columns], rows: Mapping[str, int]) -> dict[str, Columns]:
+    def totals(self, table: Mapping[str, Columns], rows: Mapping[str, int]) -> dict[str, Columns]:
         """Over all rows, and over the groups."""
-        every = sum(rows[group] * columns["accuracy"] for group, columns in table.items()) / sum(
-            rows.values()
-        )
+        name = "overall" if set(self.groups) == set(table) else "all rows"
         mean = np.mean([columns["accuracy"] for columns in table.values()], axis=0)
-        return {"overall": {"accuracy": np.asarray(every)}, "mean of groups": {"accuracy": mean}}
+        return {name: _over_rows(table, rows), f"mean of {len(table)} groups": {"accuracy": mean}}
 
 
 class RewardBench2(Benchmark):
@@ -166,37 +239,60 @@ class RewardBench2(Benchmark):
     """
 
     name = "reward-bench-2"
-    keys = frozenset({"prompt", "chosen", "rejected", "num_correct", "subset", "id"})
+    keys = ("prompt", "chosen", "rejected", "num_correct", "subset", "id")
     groups = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
+
+    def recognises(self, record: Mapping[str, Any]) -> bool:
+        """By its subset, of which so many are right."""
+        return {"num_correct", "subset"} <= record.keys()
 
     def parse(self, record: Mapping[str, Any], line: int, domain: str | None) -> Row | RowError:
         """Of Ties the id says which row is whose reference."""
         subset, correct = str(record["subset"]), record["num_correct"]
-        if subset == "Ties" and not re.fullmatch(r"(ref|tied):\d+", str(record["id"])):
-            return _error(record, line, "id", f"{record['id']!r}; expected 'ref:N' or 'tied:N' in Ties")
+        group = next((name for name in self.groups if name.lower() == subset.lower()), None)
+        if group is None:
+            expected = f"expected one of {', '.join(self.groups)}"
+            return self._error(record, line, "subset", f"{subset!r}; {expected}")
+        tied = re.fullmatch(r"(ref|tied):(\d+)", str(record["id"]))
+        if group == "Ties" and tied is None:
+            return self._error(record, line, "id", f"{record['id']!r}; expected 'ref:N' or 'tied:N' in Ties")
         for side in ("chosen", "rejected"):
             if not isinstance(record[side], (list, tuple)) or not record[side]:
-                return _error(record, line, side, "expected a list of at least one response")
+                reason = f"{_count(record[side])} came, expected a list of at least one response"
+                return self._error(record, line, side, reason)
         if correct != len(record["chosen"]):
-            return _error(record, line, "num_correct", f"{correct!r}, but chosen has {len(record['chosen'])}")
-        extra = {"group": subset, "correct": correct}
-        return _candidates(record, line, _lists(record), extra)
+            reason = f"{correct!r}, but chosen has {len(record['chosen'])}"
+            return self._error(record, line, "num_correct", reason)
+        if correct != 1 and group != "Ties":
+            return self._error(record, line, "num_correct", f"{correct!r}; expected 1 outside of Ties")
+        extra = {"group": group, "correct": correct, "tied": tied and (tied[1], int(tied[2]))}
+        return self._candidates(record, line, _lists(record), extra)
 
-    def group(self, row: Row) -> str:
-        """Its subset."""
-        return str(row.extra["group"])
+    def identity(self, record: Mapping[str, Any], domain: str | None) -> Hashable | None:
+        """Each subset counts for itself."""
+        row_id = super().identity(record, domain)
+        return None if row_id is None else (str(record.get("subset")).lower(), row_id)
 
-    def values(self, row: Row, rewards: Sequence[float]) -> list[float]:
-        """Of a row that is none of Ties."""
-        best = max(rewards)
-        return [(rewards[0] == best) / sum(reward == best for reward in rewards)]
+    def observe(self, row: Row, rewards: Sequence[float]) -> Observation:
+        """Of Ties whether it is the reference, gap and spread."""
+        group = str(row.extra["group"])
+        if group != "Ties":
+            best = max(rewards)
+            point = (rewards[0] == best) / sum(reward == best for reward in rewards)
+            return Observation(group, hash(row.prompt), (float(point),))
+        kind, number = row.extra["tied"]
+        right, wrong = rewards[: row.extra["correct"]], rewards[row.extra["correct"] :]
+        facts = (float(kind == "ref"), min(right) - max(wrong), max(right) - min(right))
+        return Observation(group, number, facts)
 
-    def units(self, scored: Iterable[tuple[Row, Sequence[float]]]) -> dict[str, Floats]:
+    def units(self, group: str, observations: Sequence[Observation]) -> tuple[Floats, list[Hashable]]:
         """In Ties a unit is a number with its two rows."""
-        rows = list(scored)
-        ties = [(row, rewards) for row, rewards in rows if self.group(row) == "Ties"]
-        found = super().units((row, rewards) for row, rewards in rows if self.group(row) != "Ties")
-        return {**found, "Ties": _ties(ties)} if ties else found
+        return _ties(observations) if group == "Ties" else super().units(group, observations)
+
+    def limits(self, group: str, count: int) -> tuple[Floats, Floats]:
+        """Shares, and in Ties a tanh."""
+        least, most = super().limits(group, count)
+        return (np.array([0.0, 0.0, 0.0, 0.0, -1.0]), most) if group == "Ties" else (least, most)
 
     def columns(self, group: str, means: Floats) -> Columns:
         """The score of a subset."""
@@ -206,16 +302,16 @@ class RewardBench2(Benchmark):
 _TIES_WEIGHTS = np.array([0.30, 0.30, 0.20, 0.20, 0.01])
 
 
-def _ties(scored: Iterable[tuple[Row, Sequence[float]]]) -> Floats:
+def _ties(observations: Iterable[Observation]) -> tuple[Floats, list[Hashable]]:
     """``[numbers, 5]``: what the weights are for; NaN where a number has not the row that it takes."""
-    facts: dict[str, dict[str, tuple[float, float]]] = defaultdict(dict)  # number -> kind -> (gap, spread)
-    for row, rewards in scored:
-        kind, _, number = row.id.partition(":")
-        right, wrong = rewards[: row.extra["correct"]], rewards[row.extra["correct"] :]
-        facts[number][kind] = min(right) - max(wrong), max(right) - min(right)
+    facts: dict[Hashable, dict[bool, tuple[float, float]]] = defaultdict(
+        dict
+    )  # number -> is it ref -> gap, spread
+    for _, number, (is_ref, gap, spread) in observations:
+        facts[number][bool(is_ref)] = gap, spread
     units = []
     for kinds in facts.values():
-        tied, ref = kinds.get("tied"), kinds.get("ref")
+        tied, ref = kinds.get(False), kinds.get(True)
         unit = [np.nan] * 5
         if tied is not None:
             unit[0] = float(tied[0] > 0)
@@ -231,51 +327,47 @@ def _ties(scored: Iterable[tuple[Row, Sequence[float]]]) -> Floats:
                 float(np.nan_to_num(distance, nan=0.0)),
             ]
         units.append(unit)
-    return np.array(units)
+    return np.array(units), list(facts)
 
 
 class Pairs(Benchmark):
     """Pairs of any preference data: the share with the chosen reward strictly above; ties of the data are left out."""
 
     name = "pairs"
-    keys = frozenset()
+    counts_by_file = True
+
+    def recognises(self, record: Mapping[str, Any]) -> bool:
+        """What is of no other benchmark."""
+        return True
 
     def parse(self, record: Mapping[str, Any], line: int, domain: str | None) -> Row | RowError:
         """As `adajudge.data` reads it."""
         row = parse_row(record, line)
-        if isinstance(row, Row) and row.kind != "pair":
+        if isinstance(row, RowError):
+            return row
+        if row.kind != "pair":
             return row.error("row", f"{row.kind} responses; expected a pair")
+        group = str(row.extra.get("domain", "all"))
+        if group != group.encode("utf-8", "replace").decode():
+            return row.error("domain", f"{group!r}; not valid text")
         return row
 
-    def group(self, row: Row) -> str:
-        """Its domain, if it has one."""
-        return str(row.extra.get("domain", "all"))
+    def observe(self, row: Row, rewards: Sequence[float]) -> Observation:
+        """Whether the chosen side is above; by domain, if there is one."""
+        group = str(row.extra.get("domain", "all"))
+        return Observation(group, hash(row.prompt), (float(rewards[0] > rewards[1]),))
 
-    def values(self, row: Row, rewards: Sequence[float]) -> list[float]:
-        """Whether the chosen side is above."""
-        return [float(rewards[0] > rewards[1])]
-
-    def overall(self, table: Mapping[str, Columns], rows: Mapping[str, int]) -> dict[str, Columns]:
+    def totals(self, table: Mapping[str, Columns], rows: Mapping[str, int]) -> dict[str, Columns]:
         """Over all pairs."""
-        if len(table) < 2:
-            return {}
-        every = sum(rows[group] * columns["accuracy"] for group, columns in table.items()) / sum(
-            rows.values()
-        )
-        return {"overall": {"accuracy": np.asarray(every)}}
+        return {"overall": _over_rows(table, rows)}
 
 
 BENCHMARKS: dict[str, Benchmark] = {x.name: x for x in (JudgeBench(), RewardBench2(), RMBench(), Pairs())}
 
 
 def recognise(record: Mapping[str, Any]) -> Benchmark:
-    """The benchmark that a record is of, by its keys. Lists of three and three answers are RM-Bench's, others are pairs."""
-    for benchmark in BENCHMARKS.values():
-        lists = all(isinstance(record.get(side), (list, tuple)) for side in ("chosen", "rejected"))
-        texts = lists and all(isinstance(x, str) for x in (*record["chosen"], *record["rejected"]))
-        if benchmark.keys <= record.keys() and (benchmark.name != "rm-bench" or texts):
-            return benchmark
-    raise AssertionError("pairs have no keys")
+    """The benchmark that a record is of."""
+    return next(benchmark for benchmark in BENCHMARKS.values() if benchmark.recognises(record))
 
 
 def _lists(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -283,24 +375,5 @@ def _lists(record: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{side}[{i}]": text for side in ("chosen", "rejected") for i, text in enumerate(record[side])}
 
 
-def _candidates(
-    record: Mapping[str, Any],
-    line: int,
-    responses: Mapping[str, Any],
-    extra: dict[str, Any],
-    prompt: str = "prompt",
-    row_id: str = "id",
-) -> Row | RowError:
-    """A row of named responses; errors have the record's names."""
-    found = {"id": record.get(row_id), "prompt": record[prompt], "responses": list(responses.values())}
-    row = parse_row(found | extra, line)
-    if isinstance(row, Row):
-        return row
-    names = {"prompt": prompt, "id": row_id, **{f"responses[{i}]": name for i, name in enumerate(responses)}}
-    field = re.match(r"\w+(\[\d+\])?", row.field)
-    known = field[0] if field and field[0] in names else row.field.partition("[")[0]
-    return RowError(line, row.id, names.get(known, known) + row.field.removeprefix(known), row.reason)
-
-
-def _error(record: Mapping[str, Any], line: int, field: str, reason: str) -> RowError:
-    return RowError(line, str(record.get("id", line)), field, reason)
+def _count(value: object) -> str:
+    return str(len(value)) if isinstance(value, (list, tuple)) else f"a {type(value).__name__}"

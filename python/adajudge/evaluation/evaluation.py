@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from adajudge.data import Row, RowError, read_records
+from adajudge.data.files import STDIN
 from adajudge.scoring import ScoredRow, Scorer
 
-from .benchmarks import BENCHMARKS, Benchmark, Floats, recognise
+from .benchmarks import BENCHMARKS, Benchmark, Columns, Observation, recognise
+from .intervals import Figure, drawn_means
 
-DRAWS = 2000
 _SEED = 0
-_DOMAINS = ("safety-refuse", "safety-response", "chat", "code", "math", "safety")
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A figure in per cent, and between what it would lie in 95 of 100 such samples of rows (bootstrap)."""
-
-    value: float
-    low: float
-    high: float
-
-    def to_record(self) -> dict[str, float | None]:
-        """In JSON's types, which know no NaN (of RewardBench 2's Ties without their references)."""
-        return {name: None if math.isnan(x) else x for name, x in asdict(self).items()}
-
-    def __str__(self) -> str:
-        """Value and interval, one decimal."""
-        return f"{self.value:.1f} [{self.low:.1f}, {self.high:.1f}]"
+DOMAINS = ("safety-refuse", "safety-response", "chat", "code", "math", "safety")
+"""Of RM-Bench's records."""
 
 
 @dataclass
@@ -46,30 +31,41 @@ class Evaluation:
     Args:
         benchmark: its name, see `BENCHMARKS`.
         rows: scored rows of each group.
-        figures: group (then ``overall``) -> title -> figure.
+        figures: group -> title -> figure.
+        totals: of all groups: ``overall``, or how many groups it is the mean of -> title -> figure.
         ties: pairs of the data without a preference, which count nowhere.
+        truncated: rows that were cut to the judge's length, and count.
+        with_control_tokens: rows whose texts hold control tokens, and count.
         errors: file and error of the rows that could not be scored, which count nowhere.
     """
 
     benchmark: str
     rows: dict[str, int] = field(default_factory=dict)
     figures: dict[str, dict[str, Figure]] = field(default_factory=dict)
+    totals: dict[str, dict[str, Figure]] = field(default_factory=dict)
     ties: int = 0
+    truncated: int = 0
+    with_control_tokens: int = 0
     errors: list[tuple[str, RowError]] = field(default_factory=list)
 
     def to_record(self) -> dict[str, Any]:
         """In JSON's types."""
-        figures = {
-            group: {title: figure.to_record() for title, figure in columns.items()}
-            for group, columns in self.figures.items()
-        }
         return {
             "benchmark": self.benchmark,
             "rows": self.rows,
-            "figures": figures,
+            "figures": _records(self.figures),
+            "totals": _records(self.totals),
             "data_ties": self.ties,
+            "truncated": self.truncated,
+            "with_control_tokens": self.with_control_tokens,
             "not_scored": len(self.errors),
         }
+
+
+def _records(figures: Mapping[str, Mapping[str, Figure]]) -> dict[str, Any]:
+    return {
+        group: {title: x.to_record() for title, x in columns.items()} for group, columns in figures.items()
+    }
 
 
 def evaluate(
@@ -78,99 +74,143 @@ def evaluate(
     *,
     benchmark: str | None = None,
     domain: str | None = None,
+    on_row: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Score every row of a benchmark's files and make its figures of the rewards.
 
     Args:
         scorer: the judge.
         files: jsonl, jsonl.gz, json or parquet; all of one benchmark.
-        benchmark: a name of `BENCHMARKS`; default: what the first record looks like.
-        domain: of RM-Bench's rows that have none; default: what the file's name says.
+        benchmark: a name of `BENCHMARKS`; default: what the first record of each file looks like.
+        domain: one of `DOMAINS`, of RM-Bench's rows that have none; default: what the file's name says.
+        on_row: called with the rows done so far.
 
     Raises:
-        ValueError: a file cannot be read, no such benchmark, or no row could be scored.
+        ValueError: a file cannot be read or is of another benchmark than the first, no such benchmark or domain, or no row
+            could be scored.
     """
-    if benchmark is not None and benchmark not in BENCHMARKS:
-        raise ValueError(f"benchmark: {benchmark!r} came, expected one of {', '.join(BENCHMARKS)}")
-    chosen = None if benchmark is None else BENCHMARKS[benchmark]
+    chosen = check_files(files, benchmark, domain)
     result = Evaluation("")
-    scored: list[tuple[Row, list[float]]] = []
+    observed: dict[str, list[Observation]] = defaultdict(list)
+    seen: dict[Hashable, tuple[str, int]] = {}
+    done = 0
     for file in files:
-        reader = _Reader(os.fspath(file), chosen, domain)
+        reader = _Reader(os.fspath(file), chosen, domain, seen)
         for outcome in scorer.score(reader):
-            if isinstance(outcome, ScoredRow):
-                scored.append((outcome.row, [score.reward for score in outcome.scores]))
-            else:
+            done += 1
+            if on_row is not None:
+                on_row(done)
+            if not isinstance(outcome, ScoredRow):
                 result.errors.append((reader.file, outcome))
+                continue
+            assert reader.benchmark is not None
+            found = reader.benchmark.observe(outcome.row, [score.reward for score in outcome.scores])
+            observed[found.group].append(found)
+            result.truncated += any(score.truncated for score in outcome.scores)
+            result.with_control_tokens += any(score.holds_control_tokens for score in outcome.scores)
         chosen, result.ties = reader.benchmark or chosen, result.ties + reader.ties
-    if chosen is None or not scored:
+    if chosen is None or not observed:
         raise ValueError(f"{', '.join(map(str, files))}: no row could be scored" + _first(result.errors))
     result.benchmark = chosen.name
-    units = chosen.units(scored)
-    result.rows = {group: len(values) for group, values in units.items()}
-    result.figures = figures_of(chosen, units)
+    order = [*(g for g in chosen.groups if g in observed), *sorted(observed.keys() - set(chosen.groups))]
+    result.rows = {group: len(observed[group]) for group in order}
+    result.figures, result.totals = figures_of(chosen, {group: observed[group] for group in order})
     return result
 
 
-class _Reader:
-    """Rows of one file; a second row of the same group and id is an error."""
+def check_files(
+    files: Sequence[str | os.PathLike[str]], benchmark: str | None = None, domain: str | None = None
+) -> Benchmark | None:
+    """The benchmark that all files are of, as far as their first records say; None: of standard input nobody knows.
 
-    def __init__(self, file: str, benchmark: Benchmark | None, domain: str | None) -> None:
-        name = Path(file).name
-        self.file, self.benchmark, self.ties = file, benchmark, 0
-        said = re.search(rf"(?<![a-z])({'|'.join(_DOMAINS)})(?![a-z])", name.lower())
-        self._domain = domain or (said and said[1])
+    Raises:
+        ValueError: as of `evaluate`, before anything is scored.
+    """
+    if benchmark is not None and benchmark not in BENCHMARKS:
+        raise ValueError(f"benchmark: {benchmark!r} came, expected one of {', '.join(BENCHMARKS)}")
+    if domain is not None and domain not in DOMAINS:
+        raise ValueError(f"domain: {domain!r} came, expected one of {', '.join(DOMAINS)}")
+    found: dict[str, str] = {}
+    for file in [os.fspath(file) for file in files]:
+        if file == STDIN:
+            continue
+        record = next((x for _, x in read_records(file) if isinstance(x, Mapping)), None)
+        if record is not None:
+            found.setdefault(recognise(record).name, file)
+    if benchmark is None and len(found) > 1:
+        said = ", ".join(f"{file} looks like {name}" for name, file in found.items())
+        raise ValueError(f"{said}; expected files of one benchmark, or --benchmark, which says what they are")
+    name = benchmark or next(iter(found), None)
+    if domain is not None and name not in (None, "rm-bench"):
+        raise ValueError(f"domain: {domain!r} came with {name}, expected with rm-bench only")
+    return None if name is None else BENCHMARKS[name]
+
+
+class _Reader:
+    """Rows of one file; a second row of the same id, or of another file with the same texts, is an error."""
+
+    def __init__(
+        self,
+        file: str,
+        benchmark: Benchmark | None,
+        domain: str | None,
+        seen: dict[Hashable, tuple[str, int]],
+    ) -> None:
+        self.file, self.benchmark, self.ties, self._seen = file, benchmark, 0, seen
+        said = set(re.findall(rf"(?<![a-z])({'|'.join(DOMAINS)})(?![a-z])", Path(file).name.lower()))
+        self._domain = domain or (said.pop() if len(said) == 1 else None)
 
     def __iter__(self) -> Iterator[Row | RowError]:
-        seen: dict[tuple[str, str], int] = {}
         for line, record in read_records(self.file):
-            row = record if isinstance(record, RowError) else self._parse(record, line)
-            if isinstance(row, Row):
-                if row.tie:
-                    self.ties += 1
-                    continue
-                assert self.benchmark is not None
-                first = seen.setdefault((self.benchmark.group(row), row.id), line)
-                if first != line:
-                    row = row.error("id", f"duplicate id {row.id!r}: first at line {first}")
+            if isinstance(record, RowError):
+                yield record
+                continue
+            if not isinstance(record, Mapping):
+                yield RowError(line, str(line), "row", f"expected an object, got {type(record).__name__}")
+                continue
+            row = self._parse(record, line)
+            if isinstance(row, Row) and row.tie:
+                self.ties += 1
+                continue
             yield row
 
-    def _parse(self, record: object, line: int) -> Row | RowError:
-        if not isinstance(record, Mapping):
-            return RowError(line, str(line), "row", f"expected an object, got {type(record).__name__}")
+    def _parse(self, record: Mapping[str, Any], line: int) -> Row | RowError:
         if self.benchmark is None:
             self.benchmark = recognise(record)
-        missing = sorted(key for key in self.benchmark.keys if record.get(key) is None)
-        if missing:
-            return RowError(
-                line, str(record.get("id", line)), missing[0], f"missing field of {self.benchmark.name}"
-            )
-        return self.benchmark.parse(record, line, self._domain)
+        row = self.benchmark.missing(record, line) or self.benchmark.parse(record, line, self._domain)
+        identity = self.benchmark.identity(record, self._domain)
+        if identity is not None:
+            scope = self.file if self.benchmark.counts_by_file else ""
+            first = self._seen.setdefault((scope, identity), (self.file, line))
+            if first != (self.file, line) and isinstance(row, Row):
+                return row.error("id", f"duplicate id {row.id!r}: first at {_place(first)}")
+        if isinstance(row, Row):
+            first = self._seen.setdefault(hash((row.prompt, row.responses)), (self.file, line))
+            if first[0] != self.file:
+                return row.error("row", f"the same prompt and responses as {_place(first)}")
+        return row
 
 
-def figures_of(benchmark: Benchmark, units: Mapping[str, Floats]) -> dict[str, dict[str, Figure]]:
-    """Figures with 95 % intervals of `DRAWS` samples of the units, each group's drawn from the group, always the same ones."""
+def _place(first: tuple[str, int]) -> str:
+    return f"{first[0]} line {first[1]}"
+
+
+def figures_of(
+    benchmark: Benchmark, observed: Mapping[str, Sequence[Observation]]
+) -> tuple[dict[str, dict[str, Figure]], dict[str, dict[str, Figure]]]:
+    """Figures of each group and of all, with their intervals: always the same draws, each group's own."""
     rng = np.random.default_rng(_SEED)
-    table = {group: benchmark.columns(group, _means(values, rng)) for group, values in units.items()}
-    table |= benchmark.overall(table, {group: len(values) for group, values in units.items()})
-    return {
-        group: {title: _figure(100 * draws) for title, draws in columns.items()}
-        for group, columns in table.items()
-    }
+    table: dict[str, Columns] = {}
+    for group, observations in observed.items():
+        values, prompts = benchmark.units(group, observations)
+        means = drawn_means(values, prompts, *benchmark.limits(group, values.shape[1]), rng)
+        table[group] = benchmark.columns(group, means)
+    totals = benchmark.totals(table, {group: len(x) for group, x in observed.items()})
+    return _figures(table), _figures(totals)
 
 
-def _means(values: Floats, rng: np.random.Generator) -> Floats:
-    """Means ``[1 + DRAWS, values]`` over the units: as they are, then of each sample; NaN is left out."""
-    count = len(values)
-    drawn = rng.multinomial(count, np.full(count, 1 / count), size=DRAWS)
-    weights = np.concatenate([np.ones((1, count)), drawn])
-    with np.errstate(invalid="ignore"):
-        return weights @ np.nan_to_num(values) / (weights @ ~np.isnan(values))
-
-
-def _figure(draws: Floats) -> Figure:
-    low, high = np.nanpercentile(draws[1:], (2.5, 97.5)) if not np.isnan(draws[0]) else (np.nan, np.nan)
-    return Figure(float(draws[0]), float(low), float(high))
+def _figures(table: Mapping[str, Columns]) -> dict[str, dict[str, Figure]]:
+    return {group: {title: Figure.of(x) for title, x in columns.items()} for group, columns in table.items()}
 
 
 def _first(errors: Sequence[tuple[str, RowError]]) -> str:

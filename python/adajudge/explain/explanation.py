@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adajudge.data import EncodedRow, EncodingError, Row, RowError
+from adajudge.data import EncodedRow, Row, RowError
 from adajudge.modeling import AdaJudgeForSequenceClassification
 from adajudge.scoring import Score, Scorer, ScoringError
 from adajudge.scoring.reading import attention_of
 from adajudge_kernels import SequenceLayout
 
+from .token_texts import token_texts
+
 _MOST_PARTS = 40
-_END_OF_PART = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n+")
+_END_OF_PART = re.compile(r"[.!?]+[\"'”’)\]]*\s+|[。！？]+[”’」』）]*\s*|\n+")
+_NO_END = re.compile(
+    r"(^|\n)\s*\d+$|\b(e\.g|i\.e|cf|vs|Dr|Mr|Ms|Mrs)$"
+)  # what stands before the dot of "1. " and "e.g. "
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +31,7 @@ class Token:
     """One token of the sequence.
 
     Args:
-        text: of the token alone.
+        text: what the sequence's text gains by it; empty where the next token completes a character.
         is_response: else it is the prompt's.
         attention: beta, its weight in the attention view; they sum to 1 over the sequence.
         evidence: its weight in what the router lets through, ``pi_L [t = last] + pi_M m_t / n + pi_A beta_t``, n the response
@@ -45,8 +50,8 @@ class Part:
 
     Args:
         text: with the white space behind it; the parts joined are the response.
-        effect: the reward less that of the response without this part. None: it is the whole response, or what is left
-            cannot be scored.
+        effect: the reward less that of the response without this part. None: it is the whole response, what is left cannot be
+            scored, or the sequence was cut, so that other text would take the part's room.
     """
 
     text: str
@@ -83,7 +88,10 @@ def explain(scorer: Scorer, row: Row) -> list[Explanation] | RowError:
     if isinstance(encoded, RowError):
         return encoded
     parts = [split(response) for response in row.responses]
-    left = [[_encode(scorer, row, rest) for rest in _without_each(texts)] for texts in parts]
+    left = [
+        [None if whole.truncated else _encode(scorer, row, rest) for rest in _without_each(texts)]
+        for texts, whole in zip(parts, encoded, strict=True)
+    ]
     sequences = [*encoded, *(item for items in left for item in items if item is not None)]
     scores = scorer.score_encoded(sequences)
     for score in scores[: len(encoded)]:
@@ -107,7 +115,8 @@ def explain(scorer: Scorer, row: Row) -> list[Explanation] | RowError:
 
 def split(response: str) -> list[str]:
     """Sentences and lines; neighbours together where there are more than 40."""
-    ends = [match.end() for match in _END_OF_PART.finditer(response)]
+    found = _END_OF_PART.finditer(response)
+    ends = [x.end() for x in found if not (x[0][0] == "." and _NO_END.search(response[: x.start()][-40:]))]
     cuts = sorted({0, *ends, len(response)})
     parts = [response[start:end] for start, end in pairwise(cuts)]
     size = -(-len(parts) // _MOST_PARTS)
@@ -119,10 +128,11 @@ def _without_each(parts: Sequence[str]) -> list[str]:
 
 
 def _encode(scorer: Scorer, row: Row, response: str) -> EncodedRow | None:
-    try:
-        return scorer.encoder.encode(row.prompt, response)
-    except EncodingError:
+    """Where a row with this response would be scored."""
+    if not response.strip():
         return None
+    encoded = scorer.encode(replace(row, kind="single", responses=(response,)))
+    return None if isinstance(encoded, RowError) else encoded[0]
 
 
 def _effect(whole: Score, rest: Score | ScoringError) -> float | None:
@@ -142,7 +152,7 @@ def _tokens(scorer: Scorer, sequence: EncodedRow, score: Score) -> tuple[Token, 
     evidence = attended * attention
     evidence[sequence.prompt_length :] += mean / sequence.response_length
     evidence[-1] += last
-    texts = _texts(scorer.encoder.tokenizer, sequence.input_ids)
+    texts = token_texts(scorer.encoder.tokenizer, sequence.input_ids)
     columns = zip(texts, sequence.response_mask, attention.tolist(), evidence.tolist(), strict=True)
     return tuple(Token(text, bool(is_response), beta, weight) for text, is_response, beta, weight in columns)
 
@@ -171,10 +181,3 @@ def attention_weights(model: AdaJudgeForSequenceClassification, sequence: Encode
     if pooling.attention_tokens == "response":
         logits[: sequence.prompt_length] = -torch.inf
     return logits.softmax(dim=0)
-
-
-def _texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Each token's text, as far as a token has one; with a space between where the tokenizer puts one."""
-    texts = [tokenizer.decode([token]) for token in ids]
-    together = tokenizer.decode(ids)
-    return texts if "".join(texts) == together or " ".join(texts) != together else [f"{x} " for x in texts]

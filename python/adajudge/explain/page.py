@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
-from pathlib import Path
 
 from adajudge.data import Row, RowError
+from adajudge.data.writing import write_text
 
 from .explanation import Explanation, Part, Token
 
@@ -21,7 +21,7 @@ h2 { font-size: 1.05rem; } h3 { font-size: 1rem; margin: .6rem 0 .3rem; }
 table { border-collapse: collapse; font-size: .87rem; margin: .4rem 0; }
 td, th { padding: .1rem .7rem .1rem 0; text-align: right; font-variant-numeric: tabular-nums; font-weight: normal; }
 th { color: #57606a; } .error { color: #a40e26; } summary { cursor: pointer; color: #57606a; }
-sub { color: #57606a; font-size: .72em; } small { color: #57606a; }
+sub { color: #1b1f24; font-size: .72em; unicode-bidi: isolate; direction: ltr; } small { color: #57606a; }
 """
 _LEGEND = (
     "Parts of a response: <span style='background:rgba(45,105,190,.45)'>blue</span> ones raise its reward, "
@@ -33,16 +33,18 @@ _LEGEND = (
 def write_page(
     path: str | os.PathLike[str], rows: Iterable[tuple[Row, list[Explanation]] | RowError], title: str
 ) -> None:
-    """Write rows with their explanations, or errors in their place; the file is there whole or not at all."""
+    """Write rows with their explanations, or errors in their place; the file is there whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     articles = "\n".join(_error(row) if isinstance(row, RowError) else _article(*row) for row in rows)
     page = (
         f"<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title>"
         f"<style>{_STYLE}</style></head>\n<body><h1>{escape(title)}</h1><p><small>{_LEGEND}</small></p>\n{articles}\n"
         "</body></html>\n"
     )
-    partial = Path(os.fspath(path) + ".partial")
-    partial.write_text(page, encoding="utf-8", errors="replace")
-    os.replace(partial, path)
+    write_text(path, page)
 
 
 def _article(row: Row, explanations: Sequence[Explanation]) -> str:
@@ -54,7 +56,7 @@ def _article(row: Row, explanations: Sequence[Explanation]) -> str:
         margin = f" &middot; margin {difference:+.3f}"
     sides = "\n".join(_side(x, most) for x in explanations)
     return (
-        f"<article><h2>{escape(row.id)}{margin}</h2><div class='text prompt'>{escape(prompt)}</div>"
+        f"<article><h2><bdi>{escape(row.id)}</bdi>{margin}</h2><div class='text prompt' dir='auto'>{escape(prompt)}</div>"
         f"<div class='sides'>{sides}</div></article>"
     )
 
@@ -66,14 +68,18 @@ def _side(x: Explanation, most: float) -> str:
         for view, s, pi in zip(_VIEWS, score.view_scores, score.view_weights, strict=True)
     )
     depths = " ".join(f"{alpha:.3f}" for alpha in score.depth_weights)
-    notes = ["truncated"] * score.truncated + ["holds control tokens"] * score.holds_control_tokens
+    notes = ["holds control tokens"] * score.holds_control_tokens
+    if score.truncated:
+        notes.append("truncated: the judge has not read all of it, and no part's effect is measured")
+    elif len(x.parts) == 1:
+        notes.append("one part: there is no response without it")
     return (
         f"<section><h3>{escape(x.name)}: reward {score.reward:+.3f}</h3>"
-        f"<div class='text'>{''.join(_part(part, most) for part in x.parts)}</div>"
+        f"<div class='text' dir='auto'>{''.join(_part(part, most) for part in x.parts)}</div>"
         "<table><tr><th>view</th><th>score</th><th>weight</th><th>product</th></tr>"
         f"{views}<tr><th>reward</th><td></td><td></td><td>{score.reward:+.3f}</td></tr></table>"
         f"<small>depth weights {depths}{''.join(f' &middot; {note}' for note in notes)}</small>"
-        f"<details><summary>tokens</summary><div class='text'>{_heat(x.tokens)}</div></details></section>"
+        f"<details><summary>tokens</summary><div class='text' dir='auto'>{_heat(x.tokens)}</div></details></section>"
     )
 
 
@@ -81,15 +87,27 @@ def _part(part: Part, most: float) -> str:
     text = escape(part.text.rstrip())
     space = part.text[len(part.text.rstrip()) :]
     if part.effect is None:
-        return text + space
+        return f"<bdi>{text}</bdi>{space}"
     color = "45,105,190" if part.effect > 0 else "200,60,50"
     strength = 0.6 * abs(part.effect) / most if most else 0.0
-    return f"<span style='background:rgba({color},{strength:.2f})'>{text}&thinsp;<sub>{part.effect:+.2f}</sub></span>{space}"
+    tint = f"background:rgba({color},{strength:.2f})"
+    return f"<span style='{tint}'><bdi>{text}</bdi>&thinsp;<sub>{part.effect:+.3g}</sub></span>{space}"
 
 
 def _heat(tokens: Sequence[Token]) -> str:
-    most = max(token.evidence for token in tokens)
-    return "".join(_token(token, token.evidence / most) for token in tokens)
+    shown = list(_whole_characters(tokens))
+    most = max(token.evidence for token in shown)
+    return "".join(_token(token, token.evidence / most) for token in shown)
+
+
+def _whole_characters(tokens: Sequence[Token]) -> Iterator[Token]:
+    """Tokens that make one character together as one, with the sum of their weights."""
+    attention = evidence = 0.0
+    for token in tokens:
+        attention, evidence = attention + token.attention, evidence + token.evidence
+        if token.text or token is tokens[-1]:
+            yield Token(token.text, token.is_response, attention, evidence)
+            attention = evidence = 0.0
 
 
 def _token(token: Token, strength: float) -> str:
@@ -101,4 +119,4 @@ def _token(token: Token, strength: float) -> str:
 
 
 def _error(error: RowError) -> str:
-    return f"<article><p class='error'>{escape(str(error))}</p></article>"
+    return f"<article><p class='error'><bdi>{escape(str(error))}</bdi></p></article>"
