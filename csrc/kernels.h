@@ -3,8 +3,8 @@
 //
 // Pointers are to contiguous memory in the order of the dimensions that the comments give; `void*` to numbers stored as
 // the call's Dtype, `real*` to numbers of its arithmetic: double for fp64, else float. Letters: T token slots, B
-// sequences, d features, K refinement blocks, N chunks. Results depend on no number of threads, and of a sequence's
-// forward on nothing but that sequence.
+// sequences, d features, K refinement blocks, N chunks. Results do not depend on the number of threads; a sequence's
+// forward result depends on that sequence alone.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,4 @@
-"""DESIGN's bound on errors against fp64, for every operation on every backend."""
+"""The contract's bound (docs/model.md) on errors against fp64, for every operation on every backend."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""What DESIGN asks beside its bound on errors (test_accuracy.py): one property a test, for every operation and backend."""
+"""The contract of docs/model.md beside its bound on errors (test_accuracy.py): one property a test, for every operation and
+backend."""
 
 import pytest
 import torch

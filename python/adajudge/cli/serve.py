@@ -1,4 +1,4 @@
-"""Serve a judge over HTTP to the reward clients of OpenRLHF, verl, vLLM and OpenAI.
+"""Serve a judge over HTTP to the reward clients of OpenRLHF, vLLM (verl), SGLang and OpenAI.
 
 Runs until SIGTERM or SIGINT, then answers what it has accepted and exits with 0; with 1 where a second SIGINT came before
 that. 2: the judge, the address or an option cannot be used, or the server crashed.

@@ -2,8 +2,8 @@
 
     rows -> windows -> (those without a part: scored) -> OUT.parts/ -> merged in the order of the input -> OUT
 
-A window's part depends on the window's rows and on what the job was asked for, on nothing else: not on when it was made, nor by
-which process. So a job may be killed at any moment, and several processes may share it.
+On one kind of machine a window's part depends on the window's rows and on what the job was asked for: not on when it was made,
+nor by which process. So a job may be killed at any moment, and several processes may share it.
 """
 
 from __future__ import annotations
