@@ -1,4 +1,5 @@
-"""The blocks of the README and of three pages of docs/ run as they stand."""
+"""The blocks of the README and of the pages of docs/ about commands run as they stand; of serving and RLHF:
+tests/adajudge/test_serving_docs.py."""
 
 import os
 import re
@@ -18,7 +19,8 @@ PAGES = README + "".join(
     (ROOT / "docs" / name).read_text(encoding="utf-8")
     for name in ("training.md", "evaluation.md", "explaining.md")
 )
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGES, re.DOTALL)
+SCORING = (ROOT / "docs/scoring.md").read_text(encoding="utf-8")  # whose commands name files that nobody has
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGES + SCORING, re.DOTALL)
 COMMANDS = [
     block.replace("\\\n", " ").splitlines() for block in re.findall(r"```sh\n(.*?)```", PAGES, re.DOTALL)
 ]
@@ -30,12 +32,6 @@ def test_the_readme_has_blocks_of_these_two_kinds_only():
     assert set(re.findall(r"```(\w+)", README)) == {"python", "sh"}
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_the_block_runs(block, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    exec(compile(block, "README.md", "exec"), {})
-
-
 @pytest.fixture
 def checkout(tmp_path):
     """A folder that looks like the checkout and takes what the commands write."""
@@ -43,6 +39,12 @@ def checkout(tmp_path):
         if not path.name.startswith(".") and path.name not in ("out", "build"):
             (tmp_path / path.name).symlink_to(path)
     return tmp_path
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_the_block_runs(block, checkout, monkeypatch):
+    monkeypatch.chdir(checkout)
+    exec(compile(block, "README.md", "exec"), {})
 
 
 @pytest.mark.parametrize("commands", COMMANDS, ids=range(len(COMMANDS)))
