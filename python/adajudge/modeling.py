@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
@@ -30,6 +31,7 @@ from adajudge.backbone_states import (
 )
 from adajudge.configuration import AdaJudgeConfig
 from adajudge.data import TurnBoundary, response_mask_from_header
+from adajudge.weights import head_of_adapter, is_adapter
 from adajudge_kernels import (
     AdaJudgeHead,
     DepthGate,
@@ -187,7 +189,7 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
         """
         _check_options(options)
         if name is not None and not isinstance(options.get("config"), AdaJudgeConfig):
-            if os.path.isfile(os.path.join(name, "adapter_config.json")):
+            if is_adapter(name):
                 raise ValueError(
                     f"{name}: an adapter is there; adajudge.training.load_judge loads it with the judge it was trained on"
                 )
@@ -419,10 +421,7 @@ def _load_adapter_head(model: Any, adapter: Any, options: Mapping[str, Any]) -> 
     if not hasattr(model.head, "modules_to_save"):
         return  # the adapter has none: the judge's own head is what it was trained with
     where = {key: options[key] for key in _WHERE if key in options}
-    prefix = "base_model.model.head."
-    with safe_open(cached_file(adapter, "adapter_model.safetensors", **where), "pt") as file:
-        names = [key for key in list(file.keys()) if key.startswith(prefix)]
-        saved = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+    saved = head_of_adapter(load_file(cached_file(adapter, "adapter_model.safetensors", **where)))
     (head,) = model.head.modules_to_save.values()
     _check_complete(
         str(adapter), {"missing_keys": head.state_dict().keys() - saved.keys()}, ("missing_keys",)

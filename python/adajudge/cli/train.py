@@ -265,7 +265,7 @@ def _training_arguments(args: argparse.Namespace) -> AdaJudgeTrainingArguments:
 
 
 def _load_model(args: argparse.Namespace) -> Any:
-    from adajudge.training import load_judge
+    from adajudge.loading import load_judge
 
     name = args.model_name_or_path
     head = {key: getattr(args, key) for key in ("num_blocks", "attention_tokens") if getattr(args, key)}
@@ -363,6 +363,8 @@ def _checkpoint(args: argparse.Namespace) -> str | None:
     """
     from transformers.trainer_utils import get_last_checkpoint
 
+    from adajudge.weights import is_adapter
+
     asked, output = args.resume_from_checkpoint, Path(args.output_dir)
     if output.exists() and not output.is_dir():
         raise _UsageError(f"output_dir: {output} is a file; expected a folder")
@@ -381,7 +383,7 @@ def _checkpoint(args: argparse.Namespace) -> str | None:
             raise _UsageError(f"resume_from_checkpoint: no checkpoint in {output}")
     if not (Path(asked) / "trainer_state.json").is_file():
         raise _UsageError(f"resume_from_checkpoint: {asked} is no checkpoint (no trainer_state.json there)")
-    if (Path(asked) / "adapter_config.json").is_file() != args.use_peft:
+    if is_adapter(asked) != args.use_peft:
         kind = "without" if args.use_peft else "with"
         raise _UsageError(f"resume_from_checkpoint: {asked} is of a run {kind} use_peft")
     return str(asked)
@@ -409,7 +411,7 @@ def _evaluate_at_end(trainer: AdaJudgeTrainer) -> None:
 
 
 def _save(args: argparse.Namespace, trainer: AdaJudgeTrainer) -> None:
-    from adajudge.training import load_judge
+    from adajudge.loading import load_judge
 
     if not args.merge_lora:
         trainer.save_model(args.output_dir)

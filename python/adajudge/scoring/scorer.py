@@ -25,6 +25,7 @@ from adajudge.data import (
     load_tokenizer,
     parse_row,
 )
+from adajudge.loading import load_trained_judge
 from adajudge.modeling import AdaJudgeForSequenceClassification
 from adajudge.scoring.engine import Engine
 from adajudge.scoring.reading import choose_attention
@@ -117,15 +118,7 @@ class Scorer:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else None
-        if (Path(path) / "adapter_config.json").is_file():
-            from adajudge.training import load_judge  # merges the adapter; needs peft
-
-            model = load_judge(path, dtype=dtype, attn_implementation=attn_implementation)
-        else:
-            model = AdaJudgeForSequenceClassification.from_pretrained(
-                str(path), dtype=dtype or "auto", attn_implementation=attn_implementation
-            )
-        model = model.to(device)
+        model = load_trained_judge(path, dtype=dtype, attn_implementation=attn_implementation).to(device)
         if attn_implementation is None:
             choose_attention(model)
         return cls(model, load_tokenizer(path), **options)

@@ -5,7 +5,9 @@ trainer = AdaJudgeTrainer(model, AdaJudgeTrainingArguments("out"), train_dataset
 trainer.train()
 """
 
-from .adapters import add_lora, load_judge
+from adajudge.loading import load_judge
+
+from .adapters import add_lora
 from .pairs import LoadedPairs, PairDataset, load_pairs
 from .record import TrainingRecord, TrainingTable, draw_training_curve
 from .trainer import AdaJudgeTrainer, AdaJudgeTrainingArguments

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adajudge.loading import HEAD_FIELDS
 from adajudge.scoring.description import differences
 from adajudge.weights import digest_of_weights
-
-from .adapters import HEAD_FIELDS
 
 if TYPE_CHECKING:
     from .trainer import AdaJudgeTrainer
