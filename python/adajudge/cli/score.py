@@ -16,6 +16,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adajudge.builtin import BUILT_IN_JUDGE
 from adajudge.cli import judge_options
 from adajudge.cli.judge_options import load_scorer
 from adajudge.cli.progress import progress
@@ -231,7 +232,6 @@ def _print_resumed(job: ScoringJob) -> None:
 def _report(args: argparse.Namespace, summary: Summary, backend: str) -> None:
     from rich.console import Console
 
-    from adajudge.scoring import BUILT_IN_JUDGE
     from adajudge.scoring.jobs import error_file
 
     console = Console(stderr=args.output == "-")

@@ -6,14 +6,12 @@
 sequences are read together; `results` is what comes out. `ScoringJob` scores a file that is too long to begin twice.
 """
 
-from pathlib import Path
+from adajudge.builtin import BUILT_IN_JUDGE
 
 from .engine import Engine
 from .jobs import JobError, ScoringJob
 from .results import Score, ScoredRow, ScoringError
 from .scorer import Scorer
-
-BUILT_IN_JUDGE = Path(__file__).parent.parent / "builtin" / "judge"
 
 __all__ = [
     "BUILT_IN_JUDGE",

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from adajudge.builtin import BUILT_IN_JUDGE
 from adajudge.data import (
     ConversationEncoder,
     EncodedRow,
@@ -110,8 +111,6 @@ class Scorer:
                 where the backbone is served by it; else transformers' own choice.
             options: as of `Scorer`.
         """
-        from adajudge.scoring import BUILT_IN_JUDGE
-
         path = BUILT_IN_JUDGE if path is None else path
         if not (Path(path) / "config.json").is_file():
             raise FileNotFoundError(f"{path}: no config.json there; expected a folder with a saved judge")
