@@ -27,6 +27,11 @@ def reads_no_padding(config: PreTrainedConfig) -> bool:
     return config.get_text_config(decoder=True)._attn_implementation == backbone_attention.NAME
 
 
+def masked_attention(backbone: PreTrainedModel) -> str:
+    """The attention implementation that takes any mask, and so serves windows of any length."""
+    return "sdpa" if backbone._supports_sdpa else "eager"
+
+
 def attention_arguments(backbone: PreTrainedModel, layout: SequenceLayout) -> dict[str, Any]:
     """What the backbone's forward is given so that every token sees its own sequence, and nothing else.
 

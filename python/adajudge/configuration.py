@@ -104,5 +104,16 @@ class AdaJudgeConfig(PreTrainedConfig):
             raise ValueError("backbone_config: None came, expected the configuration of a transformers model")
         return int(self.get_text_config(decoder=True).hidden_size)
 
+    def longest_sequence(self, asked: int | None = None) -> int | None:
+        """Tokens of the longest sequence: as many as asked for, else the backbone's own limit; None: it has none.
+
+        Raises:
+            ValueError: more came than the backbone has positions for.
+        """
+        limit: int | None = getattr(self.get_text_config(decoder=True), "max_position_embeddings", None)
+        if asked is not None and limit is not None and asked > limit:
+            raise ValueError(f"max_length: {asked} came, but the backbone ends at {limit} tokens")
+        return limit if asked is None else asked
+
 
 AutoConfig.register("adajudge", AdaJudgeConfig)

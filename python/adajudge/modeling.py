@@ -291,7 +291,7 @@ class AdaJudgeForSequenceClassification(PreTrainedModel):
             raise ValueError("layout came with a mask or position_ids; they follow from the layout")
         else:
             batch, layout = self._flat(input_ids, inputs_embeds, layout)
-        limit = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        limit = self.config.longest_sequence()
         reach = layout.max_length
         if position_ids is not None and layout.num_tokens:
             reach = max(reach, int(batch["position_ids"].max()) + 1)

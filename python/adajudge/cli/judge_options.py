@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from adajudge.cli.options import add_option
+
 if TYPE_CHECKING:
     from adajudge.scoring import Scorer
-
-
-def add_option(parser: argparse.ArgumentParser, name: str, **options: Any) -> None:
-    """An option ``--some_name``, also spelt ``--some-name``."""
-    parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **options)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

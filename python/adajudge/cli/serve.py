@@ -14,7 +14,8 @@ import traceback
 from typing import TYPE_CHECKING, Any
 
 from adajudge.cli import judge_options
-from adajudge.cli.judge_options import add_option, load_scorer
+from adajudge.cli.judge_options import load_scorer
+from adajudge.cli.options import add_option
 
 if TYPE_CHECKING:
     from adajudge.scoring import Scorer

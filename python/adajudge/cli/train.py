@@ -16,6 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adajudge.cli.options import add_option
+
 if TYPE_CHECKING:
     from adajudge.data import Row, RowError
     from adajudge.training import AdaJudgeTrainer, AdaJudgeTrainingArguments, LoadedPairs
@@ -169,7 +171,7 @@ def _prepare(args: argparse.Namespace) -> AdaJudgeTrainer:
         tokenizer = load_tokenizer(args.model_name_or_path)
         if args.chat_template_path is not None:
             tokenizer.chat_template = Path(args.chat_template_path).read_text(encoding="utf-8")
-        max_length = _max_length(args.max_length, model.config)
+        max_length = model.config.longest_sequence(args.max_length)
         encoder = ConversationEncoder(tokenizer, max_length, truncate_response=args.truncate_response)
     except ChatTemplateError as error:
         raise _UsageError(f"{error}; on this command line: --chat_template_path FILE") from error
@@ -287,13 +289,6 @@ def _load_model(args: argparse.Namespace) -> Any:
     ) as error:  # or a strange config.json
         where = "" if Path(name).is_dir() else "no such folder, and no such model on the hub: "
         raise _UsageError(f"model_name_or_path {name}: {where}{error}") from error
-
-
-def _max_length(asked: int | None, config: Any) -> int | None:
-    limit: int | None = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if asked is not None and limit is not None and asked > limit:
-        raise ValueError(f"max_length: {asked} came, but the backbone ends at {limit} tokens")
-    return limit if asked is None else asked
 
 
 def _load_data(
@@ -443,15 +438,14 @@ def _report(args: argparse.Namespace, trainer: AdaJudgeTrainer) -> None:
 
 
 def _add(group: Any, name: str, text: str, kind: Callable[[str], Any], **options: Any) -> None:
-    """An option under its name, with underscores or hyphens; a switch is given bare, or as true or false."""
-    flags = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+    """An option with its converter; a switch is given bare, or as true or false."""
     if kind is bool:
         options = {"type": _boolean, "nargs": "?", "const": True, "default": False, "metavar": "true|false"}
     else:
         options["type"] = kind
         if "choices" not in options:
             options.setdefault("metavar", "X")
-    group.add_argument(*flags, help=text, **options)
+    add_option(group, name, help=text, **options)
 
 
 def _boolean(text: str) -> bool:

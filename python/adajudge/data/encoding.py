@@ -227,29 +227,25 @@ class ConversationEncoder:
         return ids[first:end]
 
     def _fit(self, ids: list[int], prompt_length: int) -> EncodedRow:
-        if self.max_length is None or len(ids) <= self.max_length:
+        limit = self.max_length
+        if limit is None or len(ids) <= limit:
             return self._counted(ids, prompt_length)
         prompt, response = ids[:prompt_length], ids[prompt_length:]
-        room = self.max_length - len(response)
-        if room < self._least_prompt(prompt):
-            return self._fit_response(prompt, response, self.max_length)
+        least, room = self._least_prompt(prompt), limit - len(response)
+        if room < least:
+            if not self.truncate_response:
+                behind = f"; {least} more stand before it" if room >= 0 else ""
+                raise EncodingError(
+                    "response", f"the response has {len(response)} tokens{behind}; max_length is {limit}"
+                )
+            room = min(least, limit - 1)
         kept = self._cut_prompt(prompt, room)
-        return self._counted(kept + response, len(kept), prompt_tokens_cut=len(prompt) - len(kept))
-
-    def _fit_response(self, prompt: list[int], response: list[int], max_length: int) -> EncodedRow:
-        least = self._least_prompt(prompt)
-        if not self.truncate_response:
-            behind = f"; {least} more stand before it" if len(response) <= max_length else ""
-            raise EncodingError(
-                "response", f"the response has {len(response)} tokens{behind}; max_length is {max_length}"
-            )
-        kept = self._cut_prompt(prompt, min(least, max_length - 1))
-        response_length = max_length - len(kept)
+        answer = response[: limit - len(kept)]
         return self._counted(
-            kept + response[:response_length],
+            kept + answer,
             len(kept),
             prompt_tokens_cut=len(prompt) - len(kept),
-            response_tokens_cut=len(response) - response_length,
+            response_tokens_cut=len(response) - len(answer),
         )
 
     def _least_prompt(self, prompt: list[int]) -> int:

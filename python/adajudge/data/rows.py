@@ -115,6 +115,11 @@ class Row:
         """Whether this is a pair without a preference (only read on request, see ``read_rows``)."""
         return self.kind == "pair" and self.weight == 0.0
 
+    def name_of(self, index: int) -> str:
+        """Of a response, as errors and figures name it: response, chosen, rejected or ``responses[index]``."""
+        names = {"single": ("response",), "pair": ("chosen", "rejected")}.get(self.kind)
+        return f"responses[{index}]" if names is None else names[index]
+
     def error(self, field: str, reason: str) -> RowError:
         """A :class:`RowError` about this row, for what only turns out later (encoding, length)."""
         return RowError(self.line, self.id, field, reason)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adajudge.attention_masks import masked_attention
 from adajudge.data import EncodedRow, Row, RowError
 from adajudge.modeling import AdaJudgeForSequenceClassification
 from adajudge.scoring import Score, Scorer, ScoringError
@@ -104,7 +105,7 @@ def explain(scorer: Scorer, row: Row) -> list[Explanation] | RowError:
         effects = [None if item is None else _effect(score, next(rests)) for item in left[index]]
         explanations.append(
             Explanation(
-                _name(row, index),
+                row.name_of(index),
                 score,
                 _tokens(scorer, sequence, score),
                 tuple(map(Part, parts[index], effects)),
@@ -139,12 +140,6 @@ def _effect(whole: Score, rest: Score | ScoringError) -> float | None:
     return None if isinstance(rest, ScoringError) else whole.reward - rest.reward
 
 
-def _name(row: Row, index: int) -> str:
-    if row.kind == "single":
-        return "response"
-    return ("chosen", "rejected")[index] if row.kind == "pair" else f"responses[{index}]"
-
-
 def _tokens(scorer: Scorer, sequence: EncodedRow, score: Score) -> tuple[Token, ...]:
     """Each token with its weights."""
     attention = attention_weights(scorer.model, sequence)
@@ -165,9 +160,8 @@ def attention_weights(model: AdaJudgeForSequenceClassification, sequence: Encode
     device = next(model.parameters()).device
     tokens = torch.tensor([sequence.input_ids], device=device)
     mask = torch.tensor([sequence.response_mask], device=device)
-    masked = "sdpa" if model.backbone._supports_sdpa else "eager"  # serves windows of any length
     try:
-        with attention_of(model, masked):
+        with attention_of(model, masked_attention(model.backbone)):
             model(tokens, attention_mask=torch.ones_like(tokens), response_mask=mask)
     finally:
         hook.remove()

@@ -24,7 +24,7 @@ import torch
 from transformers import PreTrainedModel
 
 from adajudge import backbone_attention
-from adajudge.attention_masks import check_keeps_apart, window_in_force
+from adajudge.attention_masks import check_keeps_apart, masked_attention, window_in_force
 from adajudge.backbone_states import long_rope_border
 from adajudge.data import EncodedRow, PackedBatch, group_by_prompt, pack_rows, pack_shared_prompts, pad_rows
 from adajudge.modeling import AdaJudgeForSequenceClassification
@@ -60,7 +60,7 @@ class Reading:
         self.model = model
         config = model.backbone.config.get_text_config(decoder=True)
         self.attention: str = config._attn_implementation or "eager"
-        self._masked = "sdpa" if model.backbone._supports_sdpa else "eager"
+        self._masked = masked_attention(model.backbone)
         self._window = window_in_force(config)
         self._border = long_rope_border(model.backbone)
         self._keeps_apart = _keeps_apart(model.backbone)

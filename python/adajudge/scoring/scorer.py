@@ -74,13 +74,9 @@ class Scorer:
     ) -> None:
         if not 1 <= window <= _LARGEST_WINDOW:
             raise ValueError(f"window: {window} came, expected 1 to {_LARGEST_WINDOW}")
-        limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        if max_length is not None and limit is not None and max_length > limit:
-            raise ValueError(f"max_length: {max_length} came, but the backbone ends at {limit} tokens")
+        longest = model.config.longest_sequence(max_length)
         self.engine = Engine(model, token_budget, compile_backbone=compile_backbone)
-        self.encoder = ConversationEncoder(
-            tokenizer, limit if max_length is None else max_length, truncate_response=truncate_response
-        )
+        self.encoder = ConversationEncoder(tokenizer, longest, truncate_response=truncate_response)
         boundary = model.config.turn_boundary
         if boundary is not None and boundary != self.encoder.boundary.to_dict():
             raise ValueError(
@@ -211,7 +207,7 @@ class Scorer:
                 self._check_known(encoded[-1])
             except EncodingError as error:
                 one = error.field == "prompt" or row.kind == "single"
-                return row.error(error.field if one else _name_of_response(row, index), str(error))
+                return row.error(error.field if one else row.name_of(index), str(error))
         return tuple(encoded)
 
     def encode_rendered(self, text: str, *, add_bos: bool = False) -> EncodedRow:
@@ -253,13 +249,6 @@ class Scorer:
             assert isinstance(row, Row)
             results.append(scored_row(row, list(itertools.islice(scores, len(items)))))
         return results
-
-
-def _name_of_response(row: Row, index: int) -> str:
-    """Of a pair or of candidates, as a row's error names it."""
-    if row.kind == "pair":
-        return ("chosen", "rejected")[index]
-    return f"responses[{index}]"
 
 
 def scored_row(row: Row, scores: Sequence[Score | ScoringError]) -> Result:
