@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 
 from adajudge.cli import environment, evaluate, explain, score, serve, train
-from adajudge.cli.config_file import UsageError, apply_config_file
+from adajudge.cli.config_file import apply_config_file
+from adajudge.cli.options import UsageError
 
 _COMMANDS = {
     "score": (score, "score responses, pairs or candidates of a file"),

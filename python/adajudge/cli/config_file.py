@@ -6,9 +6,7 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
-
-class UsageError(Exception):
-    """The configuration file cannot be used; the message names it and the key."""
+from adajudge.cli.options import UsageError
 
 
 def apply_config_file(commands: Mapping[str, argparse.ArgumentParser], given: list[str]) -> None:

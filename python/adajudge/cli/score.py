@@ -1,7 +1,7 @@
 """Score the rows of a file with a judge.
 
 Exit code 0: every row scored. 1: some rows could not be (each has a record in the error file, every other row is
-in the output). 2: the input, the output or the judge cannot be used at all, or scoring crashed.
+in the output). 2: the input, the output or the judge cannot be used at all, or scoring crashed. 130: interrupted.
 
 What is scored is kept in parts in the folder OUT.parts until all is. Killed at any moment, the same command goes on.
 """
