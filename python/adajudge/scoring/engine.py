@@ -43,6 +43,9 @@ class Engine:
         token_budget: the budget now, at least a 64th of that.
         tokens_scored: tokens of all sequences scored so far, a shared prompt counted for each of its responses.
         tokens_read: those that the judge had to read for it.
+
+    Raises:
+        ValueError: `token_budget` is below 1.
     """
 
     def __init__(
@@ -156,17 +159,17 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _result_of(row: EncodedRow, numbers: list[float] | ScoringError) -> Score | ScoringError:
     if isinstance(numbers, ScoringError):
         return numbers
-    reward, *rest = numbers
+    reward, score_last, score_mean, score_attention, last, mean, attention, *depths = numbers
     if not all(math.isfinite(x) for x in numbers):
         return ScoringError(f"the judge's reward is not finite: {reward}")
     return Score(
-        reward,
-        (rest[0], rest[1], rest[2]),
-        (rest[3], rest[4], rest[5]),
-        tuple(rest[6:]),
-        row.prompt_length,
-        row.response_length,
-        row.truncated,
-        row.unknown_share,
-        row.holds_control_tokens,
+        reward=reward,
+        view_scores=(score_last, score_mean, score_attention),
+        view_weights=(last, mean, attention),
+        depth_weights=tuple(depths),
+        prompt_tokens=row.prompt_length,
+        response_tokens=row.response_length,
+        truncated=row.truncated,
+        unknown_share=row.unknown_share,
+        holds_control_tokens=row.holds_control_tokens,
     )

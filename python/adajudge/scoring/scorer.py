@@ -58,6 +58,10 @@ class Scorer:
         truncate_response: cut a response that does not fit instead of refusing it (flagged).
         unknown_limit: share of unknown words above which a row is refused; default the judge's own
             (`AdaJudgeConfig.unknown_word_limit`), 1 scores every row.
+
+    Raises:
+        ValueError: `max_length`, `token_budget` or `window` is out of range, the chat template cannot be used, or the
+            tokenizer is not the one that the judge was trained with.
     """
 
     def __init__(
@@ -106,6 +110,13 @@ class Scorer:
             attn_implementation: default: ``"adajudge"``, which reads no padding and the prompt of several responses once,
                 where the backbone is served by it; else transformers' own choice.
             options: as of `Scorer`.
+
+        Raises:
+            OSError: the folder has no config.json or no weights, or what an adapter was trained on is not there any more.
+            ValueError: it holds no complete judge or no usable tokenizer, the weights under an adapter have changed, the
+                attention is unknown, or `Scorer` refuses an option.
+            ImportError: an adapter needs peft, or the attention a library, which is not installed.
+            RuntimeError: torch cannot use the device (AssertionError where torch was built without it).
         """
         path = BUILT_IN_JUDGE if path is None else path
         if not (Path(path) / "config.json").is_file():
