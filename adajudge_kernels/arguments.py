@@ -74,12 +74,18 @@ def check_states(name: str, hidden: object, layout: SequenceLayout) -> None:
         )
 
 
-def check_like(name: str, x: object, shape: tuple[int, ...], other: Tensor, other_name: str) -> None:
-    """`x` is floating point of exactly `shape`, on the device of `other`, and fp64 only if `other` is."""
+def check_shape(name: str, x: object, shape: tuple[int, ...]) -> None:
+    """`x` is floating point of exactly `shape`."""
     if not isinstance(x, Tensor) or x.shape != shape or x.dtype not in FLOAT_DTYPES:
         check_float(name, x, len(shape), shape)
         assert isinstance(x, Tensor)
         raise ValueError(f"{name}: shape {tuple(x.shape)} came, expected {_written(shape)}")
+
+
+def check_like(name: str, x: object, shape: tuple[int, ...], other: Tensor, other_name: str) -> None:
+    """`x` is floating point of exactly `shape`, on the device of `other`, and fp64 only if `other` is."""
+    check_shape(name, x, shape)
+    assert isinstance(x, Tensor)
     if x.device != other.device:
         raise ValueError(f"{name}: on {x.device}, but {other_name} is on {other.device}")
     if (x.dtype == torch.float64) != (other.dtype == torch.float64):

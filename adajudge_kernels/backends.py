@@ -34,7 +34,7 @@ __all__ = [
 
 logger = logging.getLogger("adajudge_kernels")
 
-ENVIRONMENT_VARIABLE = "ADAJUDGE_BACKEND"
+BACKEND_VARIABLE = "ADAJUDGE_BACKEND"
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 FAMILIES = ("pooling", "refinement", "experts", "loss")
@@ -148,8 +148,8 @@ def choose_backend(device: torch.device, family: str) -> Choice:
         return Choice(_servable("backend " + repr(forced), forced, device, family), "forced by use_backend")
     named = _named_backend()
     if named:
-        source = f"{ENVIRONMENT_VARIABLE}={named}"
-        return Choice(_servable(source, named, device, family), f"forced by {ENVIRONMENT_VARIABLE}")
+        source = f"{BACKEND_VARIABLE}={named}"
+        return Choice(_servable(source, named, device, family), f"forced by {BACKEND_VARIABLE}")
     return _traceable_fastest(device, family)
 
 
@@ -157,8 +157,8 @@ def choose_backend(device: torch.device, family: str) -> Choice:
 def _named_backend() -> str | None:
     """What the environment variable says. The C library is asked: ``os.environ`` raises and catches where nothing is set."""
     if compiled.module is None:
-        return os.environ.get(ENVIRONMENT_VARIABLE)
-    return compiled.module.environment(ENVIRONMENT_VARIABLE)
+        return os.environ.get(BACKEND_VARIABLE)
+    return compiled.module.environment(BACKEND_VARIABLE)
 
 
 @functools.cache

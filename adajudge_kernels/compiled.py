@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-ENVIRONMENT_VARIABLE = "ADAJUDGE_SIMD"
+SIMD_VARIABLE = "ADAJUDGE_SIMD"
 
 module: Any = None
 """The compiled module, or None."""
@@ -33,11 +33,11 @@ def _load() -> ModuleType:
         _native.show_tensors(Tensor.__dlpack_c_exchange_api__, [Tensor, Parameter])
     except (AttributeError, ValueError, RuntimeError) as error:
         raise ImportError(f"it cannot read the tensors of torch {torch.__version__}: {error}") from error
-    named = os.environ.get(ENVIRONMENT_VARIABLE)
+    named = os.environ.get(SIMD_VARIABLE)
     if named and not _native.emulated:
         if named not in _native.levels():
             raise ValueError(
-                f"{ENVIRONMENT_VARIABLE}={named}: this processor has none of that name, only "
+                f"{SIMD_VARIABLE}={named}: this processor has none of that name, only "
                 f"{', '.join(_native.levels())}"
             )
         _native.use_level(named)

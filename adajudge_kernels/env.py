@@ -13,8 +13,8 @@ import torch
 from adajudge_kernels import compiled
 from adajudge_kernels._version import __version__
 from adajudge_kernels.backends import (
+    BACKEND_VARIABLE,
     BACKENDS,
-    ENVIRONMENT_VARIABLE,
     FAMILIES,
     choose_backend,
     unavailable_reason,
@@ -52,8 +52,8 @@ def _software() -> list[tuple[str, str]]:
 def _devices() -> list[tuple[str, str]]:
     lines = [("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads")]
     if compiled.module is not None and not compiled.module.emulated:
-        named = os.environ.get(compiled.ENVIRONMENT_VARIABLE)
-        why = f"{compiled.ENVIRONMENT_VARIABLE}={named}" if named else "the best here"
+        named = os.environ.get(compiled.SIMD_VARIABLE)
+        why = f"{compiled.SIMD_VARIABLE}={named}" if named else "the best here"
         lines.append(
             ("instruction set", f"{compiled.module.level()} of {', '.join(compiled.module.levels())}: {why}")
         )
@@ -66,8 +66,8 @@ def _devices() -> list[tuple[str, str]]:
 
 
 def _choices() -> list[tuple[str, str]]:
-    named = os.environ.get(ENVIRONMENT_VARIABLE)
-    lines = [(ENVIRONMENT_VARIABLE, named or "not set")]
+    named = os.environ.get(BACKEND_VARIABLE)
+    lines = [(BACKEND_VARIABLE, named or "not set")]
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         for family in FAMILIES:
             try:
@@ -82,8 +82,8 @@ def _attention() -> list[tuple[str, str]]:
     """Whose attention there is; a library serves packed sequences on a GPU where it is forced, or was measured to be faster."""
     names = (libraries.OWN, *libraries.LIBRARIES)
     lines = [(name, libraries.unavailable_reason(name) or "available") for name in names]
-    named = os.environ.get(libraries.ENVIRONMENT_VARIABLE)
-    lines.append((libraries.ENVIRONMENT_VARIABLE, named or "not set"))
+    named = os.environ.get(libraries.ATTENTION_VARIABLE)
+    lines.append((libraries.ATTENTION_VARIABLE, named or "not set"))
     if named:
         reason = libraries.unavailable_reason(named)
         lines.append(("chosen", named if reason is None else f"calls raise: {reason}"))

@@ -19,7 +19,7 @@ from adajudge_kernels.arguments import (
     MAX_WIDTH,
     check_choice,
     check_layout,
-    check_like,
+    check_shape,
     check_size,
     check_states,
 )
@@ -183,7 +183,7 @@ class RefinementBlock(nn.Module):
         """
         check_layout(layout)
         check_states("hidden", hidden, layout)
-        check_like("hidden", hidden, (layout.num_tokens, self.hidden_size), hidden, "hidden")
+        check_shape("hidden", hidden, (layout.num_tokens, self.hidden_size))
         check_choice("refined", refined, ("all", "response"))
         hidden = _zero_at_padding(hidden, layout)
         update = None if update is None else _zero_at_padding(update, layout)
@@ -249,7 +249,12 @@ def _zero_at_padding(x: Tensor, layout: SequenceLayout) -> Tensor:
 class DepthGatedRefinement(nn.Module):
     """K refinement blocks in series and the gate that weighs them (paper, Stage I).
 
-    Args: as of `RefinementBlock`, and num_blocks: K, 1 to 8.
+    Args:
+        hidden_size: d.
+        num_blocks: K, 1 to 8.
+        num_heads: attention heads of a block; default from `default_num_heads`.
+        intermediate_size: width f of a block's SwiGLU; default d.
+        causal: whether attention is causal; False excludes prompt-shared layouts.
     """
 
     def __init__(
@@ -430,10 +435,10 @@ class AdaJudgeHead(nn.Module):
                     f"hidden: shape {tuple(hidden.shape)} came, expected [B, L, d] with a padded layout of that "
                     f"B and L; this layout's (B, L) is {layout.padded_shape}"
                 )
-            check_like("hidden", hidden, (*layout.padded_shape, self.hidden_size), hidden, "hidden")
+            check_shape("hidden", hidden, (*layout.padded_shape, self.hidden_size))
             hidden = hidden.flatten(0, 1)
         check_states("hidden", hidden, layout)
-        check_like("hidden", hidden, (layout.num_tokens, self.hidden_size), hidden, "hidden")
+        check_shape("hidden", hidden, (layout.num_tokens, self.hidden_size))
         kept, layout = layout.without_padding()
         if kept is not None:
             hidden = hidden[kept]

@@ -111,17 +111,7 @@ class SequenceLayout:
         response = (response_mask.detach().cpu() != 0) & real
         batch, length = real.shape
         _check_token_count(batch * length)
-        column = torch.arange(length, device="cpu")
-        start = (
-            torch.where(real, column, length).amin(dim=1)
-            if length
-            else torch.zeros(batch, dtype=torch.long, device="cpu")
-        )
-        stop = (
-            torch.where(real, column + 1, 0).amax(dim=1)
-            if length
-            else torch.zeros(batch, dtype=torch.long, device="cpu")
-        )
+        start, stop = length - _end_of_ones(real.flip(1)), _end_of_ones(real)
         counts = real.sum(dim=1)
         if bool(((stop - start).clamp(min=0) != counts).any()):
             row = int(((stop - start).clamp(min=0) != counts).nonzero()[0])
@@ -130,13 +120,9 @@ class SequenceLayout:
             )
         response_lengths = response.sum(dim=1)
         _check_responses(response_lengths)
-        last = (
-            torch.where(response, column, -1).amax(dim=1)
-            if length
-            else torch.zeros(batch, dtype=torch.long, device="cpu")
-        )
+        last = _end_of_ones(response) - 1
         offset = torch.arange(batch, device="cpu") * length
-        begin, end = offset + start.clamp(max=length), offset + stop
+        begin, end = offset + start, offset + stop
         empty = torch.zeros_like(begin)
         roles = torch.where(
             response, TokenRole.RESPONSE, torch.where(real, TokenRole.PROMPT, TokenRole.PADDING)
@@ -283,9 +269,8 @@ class SequenceLayout:
         real = self.roles != TokenRole.PADDING
         if bool(real.all()):
             return self
-        before = torch.zeros(
-            self.num_tokens + 1, dtype=torch.int32, device="cpu"
-        )  # tokens kept before each slot
+        # Tokens kept before each slot.
+        before = torch.zeros(self.num_tokens + 1, dtype=torch.int32, device="cpu")
         before[1:] = torch.cumsum(real, 0)
         names = ("ranges", "last_response", "query_ranges", "key_ranges")
         moved: dict[str, Any] = {name: before[getattr(self, name).long()] for name in names}
@@ -366,6 +351,14 @@ class SequenceLayout:
             states that `layout` describes; ``(None, self)`` where there is no padding.
         """
         return self.kept, self if self.unpadded is None else self.unpadded
+
+
+def _end_of_ones(mask: Tensor) -> Tensor:
+    """int64 ``[B]``: the column behind the last one of each row, 0 where there is none."""
+    batch, length = mask.shape
+    if length == 0:
+        return torch.zeros(batch, dtype=torch.long, device="cpu")
+    return torch.where(mask, torch.arange(1, length + 1, device="cpu"), 0).amax(dim=1)
 
 
 def _check_mask(name: str, mask: Tensor) -> None:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_LANES = 64  # a multiple of every vector width
+_HELD = 1 << 18  # partial sums at once
+
 
 def upcast(x: Tensor) -> Tensor:
     """To the precision arithmetic is done in: fp32, or fp64 for fp64."""
@@ -35,9 +38,8 @@ def sum_features(x: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x W^T``: ``[B, n], [m, n] -> [B, m]``, each row's bits independent of the other rows."""
-    rows = max(
-        1, _HELD // (weight.shape[0] * min(_LANES, x.shape[1]))
-    )  # what is summed up stays in the cache
+    # What is summed up stays in the cache.
+    rows = max(1, _HELD // (weight.shape[0] * min(_LANES, x.shape[1])))
     return torch.cat([_linear(part, weight) for part in x.split(rows)])
 
 
@@ -55,14 +57,10 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
     return sum_features(lanes)
 
 
-_LANES = 64  # a multiple of every vector width
-_HELD = 1 << 18  # partial sums at once
-
-
 def silu(x: Tensor) -> Tensor:
     """``x / (1 + exp(-x))``. torch's own differs by a bit between its vector body and its scalar tail.
 
-    Written with ``exp(-|x|)``: it never overflows, so the gradient is finite wherever x is.
+    Written with ``exp(-|x|)``, so that nothing overflows.
     """
     small = torch.exp(-x.abs())
     return x * torch.where(x >= 0, 1, small) / (1 + small)

@@ -91,16 +91,14 @@ class Operation:
             )
         if dispatch_modes() or is_tracing():  # fake tensors, proxies; torch.jit.trace
             return self._opaque(*args)
-        wanted: list[
-            Tensor
-        ] = []  # what gradients are wanted of, and where it lies: argument, place in its list
+        # What gradients are wanted of, and where it lies: argument, place in its list.
+        wanted: list[Tensor] = []
         places: list[tuple[int, int | None]] = []
         for i, arg in enumerate(args):
             kind = type(arg)
             if kind is Tensor or kind is Parameter:
-                if (
-                    arg.is_neg() or arg.is_meta
-                ):  # a view that only the dispatcher gives its sign; a shape only
+                # A view that only the dispatcher gives its sign; a shape only.
+                if arg.is_neg() or arg.is_meta:
                     return self._opaque(*args)
                 if arg.requires_grad:
                     wanted.append(arg)

@@ -24,7 +24,7 @@ from adajudge_kernels.backends import Choice
 from adajudge_kernels.layout import SequenceLayout
 from adajudge_kernels.measurements import measured_names
 
-ENVIRONMENT_VARIABLE = "ADAJUDGE_ATTENTION"
+ATTENTION_VARIABLE = "ADAJUDGE_ATTENTION"
 OWN = "adajudge"
 
 
@@ -126,9 +126,9 @@ def choose_attention(query: Tensor, layout: SequenceLayout, queries: str) -> Cho
     """
     if _forced is not None:
         return _forced_choice(_forced, "use_attention", query, layout, queries)
-    named = os.environ.get(ENVIRONMENT_VARIABLE)
+    named = os.environ.get(ATTENTION_VARIABLE)
     if named:
-        return _forced_choice(named, ENVIRONMENT_VARIABLE, query, layout, queries)
+        return _forced_choice(named, ATTENTION_VARIABLE, query, layout, queries)
     if not query.is_cuda or torch.compiler.is_compiling():
         return Choice(OWN, "it serves every layout")
     fastest = measured_attention().get(key(query.shape[-1], query.dtype), OWN)

@@ -16,6 +16,7 @@ from adajudge_kernels.arguments import (
     check_layout,
     check_like,
     check_number,
+    check_shape,
 )
 from adajudge_kernels.layout import SequenceLayout
 from adajudge_kernels.refinement.libraries import OWN, attend, choose_attention
@@ -232,7 +233,7 @@ def _check_projections(projections: Sequence[Tensor], layout: SequenceLayout, nu
     first, name = projections[0], names[len(projections)][0]
     if len(projections) == 1:
         check_float(name, first, 4, "[T, 3, H, e]")
-        check_like(name, first, (tokens, 3, *first.shape[2:]), first, name)
+        check_shape(name, first, (tokens, 3, *first.shape[2:]))
         if num_queries != tokens:
             raise ValueError(
                 f"qkv: {tokens} rows came with queries='response', expected query and key_value apart, the query of "

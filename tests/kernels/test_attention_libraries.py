@@ -153,7 +153,7 @@ def test_a_library_that_is_not_there_cannot_be_forced(monkeypatch):
         pass
     with pytest.raises(ValueError, match="unknown; expected one of adajudge, flash-attn-4"):
         libraries.use_attention("xformers").__enter__()
-    monkeypatch.setenv(libraries.ENVIRONMENT_VARIABLE, "flash-attn-3")
+    monkeypatch.setenv(libraries.ATTENTION_VARIABLE, "flash-attn-3")
     with pytest.raises(ValueError, match="forced by ADAJUDGE_ATTENTION"):
         sequence_attention([torch.randn(PACKED.num_tokens, 3, 1, 8)], PACKED)
 

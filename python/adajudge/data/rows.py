@@ -189,9 +189,8 @@ def _parse_id(value: object, default: str) -> str:
 def _detect_format(fields: Mapping[str, Any]) -> str:
     found = {name: next(key for key in keys if key in fields)
              for name, keys in _KEYS.items() if any(key in fields for key in keys)}  # fmt: skip
-    found.pop(
-        "scoring" if len(found) > 1 and "response" not in fields else "", None
-    )  # a prompt goes with all
+    if len(found) > 1 and "response" not in fields:
+        found.pop("scoring", None)  # a prompt goes with all
     if "preference" in found:
         found.pop("messages", None)  # UltraFeedback: the chosen conversation once more
     if not found:

@@ -14,10 +14,8 @@ from adajudge.weights import digest, digest_of_weights
 from adajudge_kernels import __version__
 from adajudge_kernels.backends import FAMILIES, choose_backend
 
-_OF_THE_FILES = (
-    "_name_or_path",
-    "transformers_version",
-)  # of a configuration: where it came from, not what it says
+# Of a configuration: where it came from, not what it says.
+_OF_THE_FILES = ("_name_or_path", "transformers_version")
 
 
 def describe(scorer: Scorer) -> dict[str, Any]:

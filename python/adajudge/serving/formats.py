@@ -231,9 +231,8 @@ def _rendered(value: object, field: str, add_bos: bool) -> Item:
 
 def _row(record: object, index: int) -> Item:
     row = parse_row(record, index)
-    return (
-        replace(row, extra={}) if isinstance(row, Row) else fault_of(row)
-    )  # no answer has the other columns
+    # No answer has the other columns.
+    return replace(row, extra={}) if isinstance(row, Row) else fault_of(row)
 
 
 def fault_of(error: RowError) -> Fault:
