@@ -53,7 +53,7 @@ class TurnBoundary:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TurnBoundary:
-        """The inverse of :meth:`to_dict`."""
+        """The inverse of `to_dict`."""
         return cls(**values)
 
     def response_span(self, ids: Sequence[int]) -> tuple[int, int]:
@@ -105,7 +105,7 @@ def response_mask_from_header(
 
     Returns:
         ``[B, L]`` bool on the device of ``input_ids``: True from the first response token up to and including
-        the terminator. It equals the mask of :class:`ConversationEncoder` unless a response contains the
+        the terminator. It equals the mask of `ConversationEncoder` unless a response contains the
         header itself.
 
     Raises:

@@ -74,7 +74,7 @@ def pad_pairs(
     """Pad N pairs to one batch of 2N rows: all chosen sides, then all rejected ones in the same order.
 
     Returns:
-        as :func:`pad_rows`, and ``pair_weight [N]`` fp32.
+        as `pad_rows`, and ``pair_weight [N]`` fp32.
     """
     import torch
 
@@ -86,7 +86,7 @@ def pad_pairs(
 
 @dataclass(frozen=True)
 class PairCollator:
-    """:func:`pad_pairs` as the ``data_collator`` of a Trainer."""
+    """`pad_pairs` as the ``data_collator`` of a Trainer."""
 
     pad_token_id: int
     padding_side: PaddingSide = "right"
@@ -111,8 +111,7 @@ def pack_shared_prompts(groups: Sequence[Sequence[EncodedRow]]) -> PackedBatch:
     """Lay each group's prompt once, then the responses of all its rows (``SequenceLayout.shared_prompts``).
 
     Raises:
-        ValueError: an empty group, or rows of one group with different prompt tokens; use
-            :func:`group_by_prompt`.
+        ValueError: an empty group, or rows of one group with different prompt tokens; use `group_by_prompt`.
     """
     import torch
 

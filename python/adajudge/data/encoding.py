@@ -132,7 +132,7 @@ class ConversationEncoder:
         return self._template.facts.boundary
 
     def encode(self, messages: Conversation, response: str) -> EncodedRow:
-        """Encode a prompt's messages (:class:`Message` or mappings with role and content) and one response.
+        """Encode a prompt's messages (`Message` or mappings with role and content) and one response.
 
         Raises:
             EncodingError: empty response, a conversation that the template refuses or renders differently

@@ -56,14 +56,14 @@ def read_records(source: str | os.PathLike[str]) -> Iterator[tuple[int, Any]]:
 
 
 class RowReader:
-    """Iterable over :class:`Row` and :class:`RowError` values, in the order of the file.
+    """Iterable over `Row` and `RowError` values, in the order of the file.
 
     Every record gives exactly one value, except ties of preference data: those are left out and counted in
     ``counts.ties``, or with ``keep_ties=True`` come as pairs of weight 0. Empty lines are no records.
     ``counts`` is that of the latest pass. jsonl and parquet are streamed, json is read whole; beyond that
     only the explicit ids are kept.
 
-    Ids are unique over all rows that are read: a second record with the same ``id`` is a :class:`RowError`
+    Ids are unique over all rows that are read: a second record with the same ``id`` is a `RowError`
     that names the first line, whether or not the first was sound (of several faults of one record the first
     found is reported), unless the first could not be read at all. A record without an ``id`` goes by its line
     number; if another record of the file carries that number as its explicit ``id``, the later of the two is

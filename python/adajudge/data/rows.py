@@ -17,7 +17,7 @@ scoring row            ``prompt``, ``response``                                 
 
 A prompt is a string (one user message) or a list of ``{"role", "content"}``; a response is a string, an
 assistant message, or a list of messages that ends with the assistant's. ``null`` counts as missing. What is
-wrong with a record becomes a :class:`RowError` value; parsing never raises.
+wrong with a record becomes a `RowError` value; parsing never raises.
 
 Where a record could be read in two ways it is an error, never a guess: keys of two formats, a prompt beside
 messages that begin otherwise, messages with tool calls or reasoning (which no judge would see). Only a pair of
@@ -121,7 +121,7 @@ class Row:
         return f"responses[{index}]" if names is None else names[index]
 
     def error(self, field: str, reason: str) -> RowError:
-        """A :class:`RowError` about this row, for what only turns out later (encoding, length)."""
+        """A `RowError` about this row, for what only turns out later (encoding, length)."""
         return RowError(self.line, self.id, field, reason)
 
     def _side(self, index: int) -> str:
@@ -154,7 +154,7 @@ class RowError:
 
 
 def parse_row(record: object, line: int) -> Row | RowError:
-    """Read one decoded record in any accepted format; a malformed one is returned as a :class:`RowError`."""
+    """Read one decoded record in any accepted format; a malformed one is returned as a `RowError`."""
     row_id = str(line)
     try:
         if not isinstance(record, Mapping):

@@ -49,7 +49,7 @@ class PairDataset(Dataset[EncodedPair]):
         return found.hexdigest()
 
     def __getitem__(self, index: int) -> EncodedPair:
-        """The pair as :class:`adajudge.data.PairCollator` takes it."""
+        """The pair as `adajudge.data.PairCollator` takes it."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         index %= len(self)
@@ -122,7 +122,7 @@ def load_pairs(
     epochs tokenise nothing.
 
     Args:
-        source: a file that :func:`adajudge.data.read_rows` reads, or ``"-"``.
+        source: a file that `adajudge.data.read_rows` reads, or ``"-"``.
         encoder: the model's tokenizer and its longest sequence.
         progress: wraps the rows, for a progress bar.
 

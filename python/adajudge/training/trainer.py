@@ -61,7 +61,7 @@ class AdaJudgeTrainingArguments(TrainingArguments):
 
 
 class AdaJudgeTrainer(Trainer):
-    """Trains a judge (plain or under LoRA) on batches of :class:`adajudge.data.PairCollator`.
+    """Trains a judge (plain or under LoRA) on batches of `adajudge.data.PairCollator`.
 
     The loss of a batch of N pairs (2N rows, all chosen ones first) is
     ``mean[-w (1-p)^gamma log p] + entropy_weight * mean[max(0, entropy_floor - H(pi))^2]`` with
@@ -113,7 +113,7 @@ class AdaJudgeTrainer(Trainer):
 
         Args:
             model: the judge.
-            inputs: of :class:`adajudge.data.PairCollator`.
+            inputs: of `adajudge.data.PairCollator`.
             return_outputs: give the model's output too.
             num_items_in_batch: pairs of all batches of the step; the loss is then this batch's part in it, times their
                 number, by which `Trainer` divides.
