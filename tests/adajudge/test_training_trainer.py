@@ -164,12 +164,10 @@ def test_gradient_checkpointing_changes_no_loss(backbone, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_bf16_autocast_learns_as_fp32_does(trained, backbone, tmp_path, dtype):
     model = add_lora(toy_judge(backbone, dtype=dtype), r=4)
-    trainer = toy_trainer(model, tmp_path, toy_rows(), bf16=True, max_steps=16, learning_rate=1e-2)
+    trainer = toy_trainer(model, tmp_path, toy_rows(), bf16=True, max_steps=16, learning_rate=5e-3)
     trainer.train()
     assert logged(trainer)[1] == pytest.approx(logged(trained)[1], rel=0.05)
-    last = [
-        logged(trainer)[step] for step in range(13, 17)
-    ]  # the learning rate is high: single steps scatter
+    last = [logged(trainer)[step] for step in range(13, 17)]
     assert sum(last) / 4 < 0.1 * logged(trainer)[1]
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
 
