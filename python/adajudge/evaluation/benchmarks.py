@@ -304,9 +304,8 @@ _TIES_WEIGHTS = np.array([0.30, 0.30, 0.20, 0.20, 0.01])
 
 def _ties(observations: Iterable[Observation]) -> tuple[Floats, list[Hashable]]:
     """``[numbers, 5]``: what the weights are for; NaN where a number has not the row that it takes."""
-    facts: dict[Hashable, dict[bool, tuple[float, float]]] = defaultdict(
-        dict
-    )  # number -> is it ref -> gap, spread
+    # Of a number, then of its reference or of its tied row: gap and spread.
+    facts: dict[Hashable, dict[bool, tuple[float, float]]] = defaultdict(dict)
     for _, number, (is_ref, gap, spread) in observations:
         facts[number][bool(is_ref)] = gap, spread
     units = []

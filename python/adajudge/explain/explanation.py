@@ -22,9 +22,8 @@ from .token_texts import token_texts
 
 _MOST_PARTS = 40
 _END_OF_PART = re.compile(r"[.!?]+[\"'”’)\]]*\s+|[。！？]+[”’」』）]*\s*|\n+")
-_NO_END = re.compile(
-    r"(^|\n)\s*\d+$|\b(e\.g|i\.e|cf|vs|Dr|Mr|Ms|Mrs)$"
-)  # what stands before the dot of "1. " and "e.g. "
+# What stands before the dot of "1. " and "e.g. ".
+_NO_END = re.compile(r"(^|\n)\s*\d+$|\b(e\.g|i\.e|cf|vs|Dr|Mr|Ms|Mrs)$")
 
 
 @dataclass(frozen=True, slots=True)
