@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
@@ -25,6 +26,25 @@ HEAD_FIELDS = (
     "attention_tokens",
     "turn_boundary",
     "pad_token_id",
+)
+
+_SET_BY_TRAINING = ("turn_boundary", "pad_token_id")
+# Of a backbone's configuration: where it is from, in which dtype it lies, what only generation or a new model asks.
+_NOT_OF_STATES = (
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "use_cache",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "return_dict",
+    "output_attentions",
+    "output_hidden_states",
+    "initializer_range",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
 )
 
 
@@ -96,7 +116,7 @@ def _check_head(name: str, config: AdaJudgeConfig, head: dict[str, Any]) -> None
 
 def _load_adapter(name: str, options: dict[str, Any]) -> AdaJudgeForSequenceClassification:
     """The judge that an adapter's folder describes, merged."""
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
     base = PeftConfig.from_pretrained(name).base_model_name_or_path
     config = AdaJudgeConfig.from_pretrained(name)
@@ -118,7 +138,8 @@ def _load_adapter(name: str, options: dict[str, Any]) -> AdaJudgeForSequenceClas
             f"{name}: the adapter was trained on other weights than {base} has now: {found} came, expected "
             f"{config.adapter_base}, which its config.json has as adapter_base"
         )
-    saved = load_file(Path(name) / "adapter_model.safetensors")
+    _check_configuration(name, base, config, model.config)
+    saved = _weights_of(name)
     head = head_of_adapter(saved)
     missing = [key for key in model.head.state_dict() if key not in head]
     if missing:
@@ -128,11 +149,57 @@ def _load_adapter(name: str, options: dict[str, Any]) -> AdaJudgeForSequenceClas
     dtype = model.dtype if asked == "auto" else getattr(torch, asked) if isinstance(asked, str) else asked
     if torch.promote_types(dtype, model.dtype) == dtype:  # rounds less of what the adapter does
         model = _in_dtype(model, dtype)
-    merged = _in_dtype(PeftModel.from_pretrained(model, name).merge_and_unload(), dtype)
+    try:
+        adapted = PeftModel.from_pretrained(model, name)
+    except RuntimeError as error:
+        raise ValueError(f"{name}: its weights do not fit its adapter_config.json: {error}") from error
+    matrices, expected = (
+        {key for key in names if "lora_" in key} for names in (saved, get_peft_model_state_dict(adapted))
+    )
+    if matrices != expected:
+        differing = sorted(matrices ^ expected)[:5]
+        raise ValueError(
+            f"{name}: {len(matrices)} LoRA matrices came, expected the {len(expected)} that its adapter_config.json "
+            f"says; missing or unknown: {', '.join(differing)}"
+        )
+    merged = _in_dtype(adapted.merge_and_unload(), dtype)
     mark_merged(merged.backbone, found, saved)
     merged.config.turn_boundary = config.turn_boundary
     merged.name_or_path = name  # an adapter of this one needs both
     return merged
+
+
+def _check_configuration(name: str, base: str, trained: AdaJudgeConfig, found: AdaJudgeConfig) -> None:
+    """That the judge under an adapter computes as the one it was trained on, as far as its weights do not say."""
+    pairs = {
+        key: (getattr(found, key), getattr(trained, key))
+        for key in HEAD_FIELDS
+        if key not in _SET_BY_TRAINING
+    }
+    there, then = (_computing(x.to_dict()["backbone_config"]) for x in (found, trained))
+    pairs |= {key: (there.get(key), then.get(key)) for key in sorted(there.keys() | then.keys())}
+    for key, (came, expected) in pairs.items():
+        if came != expected:
+            raise ValueError(
+                f"{name}: the adapter was trained with {key} {expected!r}, but the config.json of {base} has {came!r} now"
+            )
+
+
+def _computing(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a backbone's configuration its states depend on."""
+    return {
+        key: _computing(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _NOT_OF_STATES and not key.startswith("_")
+    }
+
+
+def _weights_of(name: str) -> dict[str, torch.Tensor]:
+    path = Path(name) / "adapter_model.safetensors"
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: its weights cannot be read, the file is broken: {error}") from error
 
 
 def _in_dtype(

@@ -148,6 +148,59 @@ def test_other_weights_under_an_adapter_are_refused(trained, tmp_path):
         load_judge(folder)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"causal_refinement": False},
+            "with causal_refinement True, but the config.json of .*judge has False now",
+        ),
+        ({"attention_tokens": "response"}, "with attention_tokens 'all', but .* has 'response' now"),
+        ({"backbone_config": {"rms_norm_eps": 0.01}}, "with rms_norm_eps 1e-06, but .* has 0.01 now"),
+    ],
+    ids=["refinement", "pooling", "backbone"],
+)
+def test_another_configuration_under_an_adapter_is_refused(trained, tmp_path, change, message):
+    """Its weights are the same, and would compute something else."""
+    judge = tmp_path / "judge"
+    load_judge(trained.args.output_dir).save_pretrained(judge)
+    trainer = toy_trainer(add_lora(load_judge(judge), r=4), tmp_path / "run", toy_rows(), max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    load_judge(tmp_path / "run")
+    config = json.loads((judge / "config.json").read_text())
+    for key, value in change.items():
+        config[key] = config[key] | value if isinstance(value, dict) else value
+    (judge / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        load_judge(tmp_path / "run")
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "none", "rank", "broken"])
+def test_an_adapters_matrices_are_all_there(trained, tmp_path, change):
+    folder = shutil.copytree(trained.args.output_dir, tmp_path / "adapter")
+    path = folder / "adapter_model.safetensors"
+    weights = load_file(path)
+    one = next(name for name in weights if "lora_B" in name)
+    if change == "missing":
+        del weights[one]
+    elif change == "unknown":
+        weights[one.replace("layers.0", "layers.99")] = weights[one].clone()
+    elif change == "none":
+        weights = {name: x for name, x in weights.items() if "lora_" not in name}
+    save_file(weights, path)
+    message = "LoRA matrices came, expected the .* that its adapter_config.json says; missing or unknown: base_model"
+    if change == "rank":
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 2}))
+        message = "its weights do not fit its adapter_config.json"
+    elif change == "broken":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        message = "its weights cannot be read, the file is broken"
+    with pytest.raises(ValueError, match=message):
+        load_judge(folder)
+
+
 def test_an_adapter_of_a_changed_adapter_is_refused(trained, tmp_path):
     first = shutil.copytree(trained.args.output_dir, tmp_path / "first")
     trainer = toy_trainer(add_lora(load_judge(first), r=4), tmp_path / "second", toy_rows(), max_steps=1)
