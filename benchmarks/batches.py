@@ -70,7 +70,7 @@ class Batch:
         index = self.index[some]
         rows = flat.index_select(
             0, index.clamp(min=0).flatten()
-        )  # its backward is faster than that of flat[index]
+        )  # backward is faster than that of flat[index]
         return rows.unflatten(0, index.shape) * (index >= 0)[..., None]
 
     def flat(self, padded: Tensor, some: slice = slice(None)) -> Tensor:

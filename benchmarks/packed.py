@@ -19,12 +19,14 @@ from adajudge_kernels.refinement.ops import sequence_attention
 class Operations(NamedTuple):
     """What a block does besides matrix products."""
 
-    norm: Callable[[Tensor, Tensor, float], Tensor]  # x, weight, eps
-    add_norm: Callable[
-        [Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]
-    ]  # also a residual: the norm, the sum
-    swiglu: Callable[[Tensor, Tensor], Tensor]  # gate, up
-    attention: Callable[[Tensor, ak.SequenceLayout], Tensor]  # qkv [T, 3, H, e] -> [T, H, e], causal
+    # x, weight, eps
+    norm: Callable[[Tensor, Tensor, float], Tensor]
+    # x, residual, weight, eps -> the norm of their sum, the sum
+    add_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    # gate, up
+    swiglu: Callable[[Tensor, Tensor], Tensor]
+    # qkv [T, 3, H, e] -> [T, H, e], causal
+    attention: Callable[[Tensor, ak.SequenceLayout], Tensor]
 
 
 def packed_refinement(

@@ -24,9 +24,8 @@ class Sizes:
     head_width: int
     head_tokens: tuple[int, ...]
     backbones: tuple[str, ...]  # of `backbones.CONFIGURATIONS`, that score
-    trained: tuple[
-        tuple[str, int], ...
-    ]  # that train, and pairs: twice with gradients, once more in a wider dtype
+    # Those that train, and pairs: twice with gradients, once more in a wider dtype.
+    trained: tuple[tuple[str, int], ...]
     prompts: int  # scored, six responses each
     padded_rows: int  # of a padded batch: 8 as TRL's default, 64 as RewardBench 2's
     length_scale: float  # of the lengths that the head and training have

@@ -12,6 +12,19 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from adajudge.data import TurnBoundary
 
+# What a head is, and what it was trained to read.
+HEAD_FIELDS = (
+    "num_blocks",
+    "block_num_heads",
+    "block_intermediate_size",
+    "expert_hidden_size",
+    "router_hidden_size",
+    "causal_refinement",
+    "attention_tokens",
+    "turn_boundary",
+    "pad_token_id",
+)
+
 
 @strict
 class AdaJudgeConfig(PreTrainedConfig):

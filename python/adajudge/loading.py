@@ -3,49 +3,14 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from adajudge.configuration import AdaJudgeConfig
+from adajudge.adapters import Adapter, is_adapter
+from adajudge.configuration import HEAD_FIELDS, AdaJudgeConfig
 from adajudge.modeling import AdaJudgeForSequenceClassification
-from adajudge.weights import describe_backbone, head_of_adapter, is_adapter, mark_merged
-
-# Of a judge's configuration: what its head is, and what it was trained to read.
-HEAD_FIELDS = (
-    "num_blocks",
-    "block_num_heads",
-    "block_intermediate_size",
-    "expert_hidden_size",
-    "router_hidden_size",
-    "causal_refinement",
-    "attention_tokens",
-    "turn_boundary",
-    "pad_token_id",
-)
-
-_SET_BY_TRAINING = ("turn_boundary", "pad_token_id")
-# Of a backbone's configuration: where it is from, in which dtype it lies, what only generation or a new model asks.
-_NOT_OF_STATES = (
-    "transformers_version",
-    "architectures",
-    "dtype",
-    "use_cache",
-    "id2label",
-    "label2id",
-    "problem_type",
-    "return_dict",
-    "output_attentions",
-    "output_hidden_states",
-    "initializer_range",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-)
 
 
 def load_judge(
@@ -115,104 +80,16 @@ def _check_head(name: str, config: AdaJudgeConfig, head: dict[str, Any]) -> None
 
 
 def _load_adapter(name: str, options: dict[str, Any]) -> AdaJudgeForSequenceClassification:
-    """The judge that an adapter's folder describes, merged."""
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-
-    base = PeftConfig.from_pretrained(name).base_model_name_or_path
-    config = AdaJudgeConfig.from_pretrained(name)
-    fields = {key: getattr(config, key) for key in HEAD_FIELDS}
-    asked = options["dtype"]
-    trained = asked if config.adapter_base is None else getattr(torch, config.adapter_base["dtype"])
-    if not base:
-        raise ValueError(f"{name}: the adapter does not say which weights it was trained on")
+    adapter, asked = Adapter.read(name), options["dtype"]
+    options = options | {"dtype": adapter.trained_dtype or asked}
     try:
-        is_judge = isinstance(AutoConfig.from_pretrained(base), AdaJudgeConfig)
-        model = load_judge(base, **options | {"dtype": trained}, **({} if is_judge else fields))
+        if not isinstance(AutoConfig.from_pretrained(adapter.base), AdaJudgeConfig):
+            options |= {key: getattr(adapter.config, key) for key in HEAD_FIELDS}
+        base = load_judge(adapter.base, **options)
     except OSError as error:
         raise OSError(
-            f"{name}: the adapter was trained on {base}, which cannot be loaded: {error}"
+            f"{name}: the adapter was trained on {adapter.base}, which cannot be loaded: {error}"
         ) from error
-    found = describe_backbone(model.backbone)
-    if config.adapter_base not in (None, found):
-        raise ValueError(
-            f"{name}: the adapter was trained on other weights than {base} has now: {found} came, expected "
-            f"{config.adapter_base}, which its config.json has as adapter_base"
-        )
-    _check_configuration(name, base, config, model.config)
-    saved = _weights_of(name)
-    head = head_of_adapter(saved)
-    missing = [key for key in model.head.state_dict() if key not in head]
-    if missing:
-        raise ValueError(
-            f"{name}: the adapter has no head weights {', '.join(missing[:5])}; expected all of the head"
-        )
-    dtype = model.dtype if asked == "auto" else getattr(torch, asked) if isinstance(asked, str) else asked
-    if torch.promote_types(dtype, model.dtype) == dtype:  # rounds less of what the adapter does
-        model = _in_dtype(model, dtype)
-    try:
-        adapted = PeftModel.from_pretrained(model, name)
-    except RuntimeError as error:
-        raise ValueError(f"{name}: its weights do not fit its adapter_config.json: {error}") from error
-    matrices, expected = (
-        {key for key in names if "lora_" in key} for names in (saved, get_peft_model_state_dict(adapted))
-    )
-    if matrices != expected:
-        differing = sorted(matrices ^ expected)[:5]
-        raise ValueError(
-            f"{name}: {len(matrices)} LoRA matrices came, expected the {len(expected)} that its adapter_config.json "
-            f"says; missing or unknown: {', '.join(differing)}"
-        )
-    merged = _in_dtype(adapted.merge_and_unload(), dtype)
-    mark_merged(merged.backbone, found, saved)
-    merged.config.turn_boundary = config.turn_boundary
-    merged.name_or_path = name  # an adapter of this one needs both
-    return merged
-
-
-def _check_configuration(name: str, base: str, trained: AdaJudgeConfig, found: AdaJudgeConfig) -> None:
-    """That the judge under an adapter computes as the one it was trained on, as far as its weights do not say."""
-    pairs = {
-        key: (getattr(found, key), getattr(trained, key))
-        for key in HEAD_FIELDS
-        if key not in _SET_BY_TRAINING
-    }
-    there, then = (_computing(x.to_dict()["backbone_config"]) for x in (found, trained))
-    pairs |= {key: (there.get(key), then.get(key)) for key in sorted(there.keys() | then.keys())}
-    for key, (came, expected) in pairs.items():
-        if came != expected:
-            raise ValueError(
-                f"{name}: the adapter was trained with {key} {expected!r}, but the config.json of {base} has {came!r} now"
-            )
-
-
-def _computing(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a backbone's configuration its states depend on."""
-    return {
-        key: _computing(value) if isinstance(value, dict) else value
-        for key, value in config.items()
-        if key not in _NOT_OF_STATES and not key.startswith("_")
-    }
-
-
-def _weights_of(name: str) -> dict[str, torch.Tensor]:
-    path = Path(name) / "adapter_model.safetensors"
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: its weights cannot be read, the file is broken: {error}") from error
-
-
-def _in_dtype(
-    model: AdaJudgeForSequenceClassification, dtype: torch.dtype
-) -> AdaJudgeForSequenceClassification:
-    """The same judge, loaded in a dtype: what transformers keeps in fp32 stays so."""
-    if model.dtype == dtype:
-        return model
-    loaded: AdaJudgeForSequenceClassification = AdaJudgeForSequenceClassification.from_pretrained(
-        None,
-        config=model.config,
-        state_dict=model.state_dict(),
-        dtype=dtype,
-        attn_implementation=model.config._attn_implementation,
-    )
-    return loaded
+    if isinstance(asked, str):
+        asked = base.dtype if asked == "auto" else getattr(torch, asked)
+    return adapter.merged_into(base, asked)

@@ -22,6 +22,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import TransformersKwargs, cached_file
 
+from adajudge.adapters import head_of_adapter, is_adapter
 from adajudge.attention_masks import reads_no_padding
 from adajudge.backbone_states import (
     long_rope_border,
@@ -31,7 +32,6 @@ from adajudge.backbone_states import (
 )
 from adajudge.configuration import AdaJudgeConfig
 from adajudge.data import TurnBoundary, response_mask_from_header
-from adajudge.weights import head_of_adapter, is_adapter
 from adajudge_kernels import (
     AdaJudgeHead,
     DepthGate,

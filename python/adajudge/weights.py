@@ -7,10 +7,8 @@ configuration says in which dtype they were, and their digest.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from hashlib import blake2b
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,7 +16,6 @@ from transformers import PreTrainedModel
 
 _MERGED = "_adajudge_merged"  # attribute of a backbone: what stands for a digest of its weights
 _SAMPLES = 64  # words of a tensor whose place counts too
-_HEAD = "base_model.model.head."  # what the names of the head's weights begin with in an adapter
 
 
 def digest(content: object) -> str:
@@ -49,16 +46,6 @@ def mark_merged(backbone: PreTrainedModel, before: Mapping[str, str], adapter: M
     The last digits of the merged weights are not the same on every machine.
     """
     setattr(backbone, _MERGED, digest([before["digest"], digest_of_weights(adapter)]))
-
-
-def is_adapter(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds an adapter, which needs the weights it was trained on."""
-    return (Path(folder) / "adapter_config.json").is_file()
-
-
-def head_of_adapter(adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The head's weights among an adapter's, under their names in the head."""
-    return {name.removeprefix(_HEAD): tensor for name, tensor in adapter.items() if name.startswith(_HEAD)}
 
 
 def _checksum(tensor: Tensor) -> Tensor:

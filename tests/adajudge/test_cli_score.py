@@ -311,6 +311,14 @@ def test_what_was_scored_before_the_input_broke_is_named_and_taken_up_when_it_is
     assert not Path(f"{output}.parts").exists()
 
 
+def test_an_input_that_breaks_off_at_once_leaves_nothing_behind(tmp_path, capsys):
+    source = tmp_path / "in.jsonl.gz"
+    source.write_bytes(gzip.compress(b"{}")[:12])
+    assert main(["score", str(source), "--output", str(tmp_path / "out.jsonl")]) == 2
+    assert "unreadable behind line 0" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [source]
+
+
 def test_a_crash_is_no_exit_code_of_a_finished_job(tmp_path, monkeypatch, capsys):
     """Exit code 1 says that all other rows are in OUT."""
     score_window = Scorer._score_window

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 import sys
 
 import pyarrow
@@ -92,6 +93,23 @@ def test_a_messy_file_loses_nothing_and_names_each_fault(tmp_path):
         (11, "row", "expected an object, got a string"),
     ]
     assert (reader.counts.rows, reader.counts.errors) == (3, 8)
+
+
+@pytest.mark.parametrize(
+    ("encode", "hint"),
+    [
+        (lambda text: text.encode("utf-16"), "not UTF-8: .*; the file is UTF-16, expected UTF-8"),
+        (
+            lambda text: text.replace("\n", "\r").encode(),
+            "invalid JSON .*; a carriage return alone ends no line",
+        ),
+    ],
+    ids=["UTF-16", "carriage-returns"],
+)
+def test_the_usual_strange_encodings_are_recognized(tmp_path, encode, hint):
+    content = encode('{"prompt": "q", "response": "a"}\n' * 2)
+    first = errors(write(tmp_path / "rows.jsonl", content))[0]
+    assert re.fullmatch(f"{hint}.*", first.reason)
 
 
 def test_a_duplicate_id_names_the_first_line(tmp_path):

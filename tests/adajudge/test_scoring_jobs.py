@@ -225,7 +225,10 @@ def test_a_job_that_finished_nothing_leaves_nothing_to_go_on_with(small, interru
     """Asked for with an option amiss, it fails early; the corrected command needs no --fresh."""
     output = tmp_path / "out.jsonl"
     interrupted(0, *small[1:], output, "--truncate_response")
-    assert Path(f"{output}.parts").exists()
+    assert not Path(f"{output}.parts").exists()
+    interrupted(1, *small[1:], output, "--truncate_response")
+    for part in parts_of(output):
+        part.unlink()  # as after a kill before the first
     assert main([*small, str(output)]) == 1
     assert main([*small, str(tmp_path / "whole.jsonl")]) == 1
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

@@ -98,6 +98,19 @@ def test_a_body_is_refused_while_it_streams_in(scorer):
         assert client.service._held == 0
 
 
+def test_a_body_that_says_it_is_too_long_is_refused_before_it_comes(scorer):
+    with running(scorer, max_body_mb=0.01) as client:
+        port = httpx.URL(client.url).port
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            connection.sendall(
+                b"POST /get_reward HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 20000\r\n\r\n"
+            )
+            answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"the body is longer than 0.01 MiB" in answer
+
+
 def test_a_response_counts_as_a_row(scorer):
     with running(scorer, max_rows=3) as client:
         three = {"prompt": PROMPT, "responses": [RESPONSE] * 3}

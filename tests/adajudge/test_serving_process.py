@@ -12,7 +12,7 @@ import httpx
 import pytest
 from adajudge import Scorer
 from adajudge.cli import main
-from adajudge.serving import Ending, Settings, serve
+from adajudge.serving import Ending, Settings, bind, serve
 
 from tests.adajudge.servers import RENDERED, Process, Slowly, wait_until
 
@@ -84,7 +84,7 @@ def test_a_second_interrupt_ends_it_at_once(scorer, capfd):
         threading.Thread(target=go).start()
 
     before = signal.getsignal(signal.SIGINT)
-    ending = serve(slow, Settings(), "127.0.0.1", 0, interrupt)
+    ending = serve(slow, Settings(), bind("127.0.0.1", 0), interrupt)
     assert ending == Ending(drained=False, idle=False)  # the engine still works
     wait_until(lambda: ended)
     assert ended == ["shutting_down"]
@@ -158,7 +158,16 @@ def test_a_crash_is_exit_code_two(capsys, monkeypatch):
 
 def test_a_port_in_use_is_an_error_of_one_line(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert "in use" in refused(capsys, "--port", str(taken.getsockname()[1]))
+        port = str(taken.getsockname()[1])
+        said = refused(capsys, "--port", port, "--model", "no-judge-is-looked-for")
+    assert f"127.0.0.1 port {port} cannot be bound: Address already in use: another program" in said
+    assert "--port 0 chooses a free one" in said
+
+
+def test_an_address_of_another_machine_is_an_error_of_one_line(capsys):
+    assert "192.0.2.1 port 0 cannot be bound:" in refused(
+        capsys, "--host", "192.0.2.1", "--insecure", "--port", "0"
+    )
 
 
 def test_a_port_that_there_cannot_be_is_refused(capsys):

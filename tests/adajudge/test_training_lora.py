@@ -201,6 +201,16 @@ def test_an_adapters_matrices_are_all_there(trained, tmp_path, change):
         load_judge(folder)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"peft_type": "NONE"}'])
+def test_a_broken_adapter_configuration_is_named(trained, tmp_path, text):
+    folder = shutil.copytree(trained.args.output_dir, tmp_path / "adapter")
+    (folder / "adapter_config.json").write_text(text)
+    with pytest.raises(
+        ValueError, match=r"adapter: (adapter_config.json cannot be read|.* does not say which)"
+    ):
+        load_judge(folder)
+
+
 def test_an_adapter_of_a_changed_adapter_is_refused(trained, tmp_path):
     first = shutil.copytree(trained.args.output_dir, tmp_path / "first")
     trainer = toy_trainer(add_lora(load_judge(first), r=4), tmp_path / "second", toy_rows(), max_steps=1)

@@ -61,8 +61,8 @@ pairs. Weights are stored in fp16: test accuracy {_percent(fp16["stored"])} % as
 ## Accuracy on the test split
 
 Per cent of pairs with the chosen side strictly above; {plan["evaluation_pairs_per_domain"]} pairs a domain, a seed used for
-nothing else. Means over {plan["backbone_seeds"]} backbone(s) with {plan["head_seeds"]} heads each
-({plan["judge_seeds"]} for {judge}); sd is that of the average over these runs, mostly from
+nothing else. Means over {plan["backbone_seeds"]} x {plan["head_seeds"]} runs, by seeds of the backbone and of the head
+({plan["backbone_seeds"]} x {plan["judge_seeds"]} of {judge}); sd is that of the average over these runs, mostly from
 backbone to backbone. All heads read the same frozen states; "last token", "mean" and "attention" are the usual single
 poolings with an MLP of the same width. The shipped judge is the first run.
 
@@ -126,7 +126,7 @@ def _findings(results: dict[str, Any], judge: str) -> str:
             first, second = ((name, _percent(accuracy[name][domain])) for name in ranked[:2])
             lines.append(
                 f"- {split}, {domain}: {first[0]} {first[1]}, then {second[0]} {second[1]}; "
-                f"{judge} is at place {ranked.index(judge) + 1} of {len(ranked)}."
+                f"{judge} ranks {ranked.index(judge) + 1} of {len(ranked)}."
             )
     for seed in sorted({run["backbone_seed"] for run in results["runs"]}):
         own = [run for run in results["runs"] if run["backbone_seed"] == seed]

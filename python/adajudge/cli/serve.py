@@ -55,7 +55,7 @@ def _port(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal."""
-    from adajudge.serving import Settings, is_loopback, serve
+    from adajudge.serving import Settings, bind, is_loopback, serve
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
@@ -75,10 +75,9 @@ def run(args: argparse.Namespace) -> int:
                 f"--host {args.host}: others could reach it and there is no key; "
                 f"set {_KEY} (or --api_key), or say --insecure"
             )
-        scorer = load_scorer(args, args.device)
-        ending = serve(
-            scorer, settings, args.host, args.port, lambda url: _announce(url, settings.model_name, scorer)
-        )
+        with bind(args.host, args.port) as address:
+            scorer = load_scorer(args, args.device)
+            ending = serve(scorer, settings, address, lambda url: _announce(url, settings.model_name, scorer))
     except ModuleNotFoundError:  # the command line says what to install
         raise
     except (OSError, OverflowError, ValueError) as error:

@@ -79,7 +79,7 @@ def checkpoint_of(args: argparse.Namespace) -> str | None:
     """
     from transformers.trainer_utils import get_last_checkpoint
 
-    from adajudge.weights import is_adapter
+    from adajudge.adapters import is_adapter
 
     asked, output = args.resume_from_checkpoint, Path(args.output_dir)
     if output.exists() and not output.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import os
@@ -173,8 +174,12 @@ def _decode_json(raw: bytes, line: int) -> Any:
         return RowError(line, str(line), error.key, "the key comes twice in one object; expected once")
     except UnicodeDecodeError as error:
         reason = f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start}"
+        if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            reason += "; the file is UTF-16, expected UTF-8"
     except json.JSONDecodeError as error:
         reason = f"invalid JSON at column {error.colno}: {error.msg.removesuffix(' at')}"
+        if b"\r" in raw:
+            reason += "; a carriage return alone ends no line, expected a line feed"
     except (ValueError, RecursionError) as error:  # a number with too many digits, a list too deep
         reason = f"invalid JSON: {error}"
     return RowError(line, str(line), "row", reason)

@@ -109,9 +109,11 @@ class ScoringJob:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Tell the other processes if this one failed; the parts stay."""
+        """Tell the other processes if this one failed; the parts stay, if there are any."""
         if error is not None:
             self.ranks.finish(str(error) or type(error).__name__)
+            if self.ranks.size == 1 and not self._parts.indices():
+                shutil.rmtree(self.folder, ignore_errors=True)
         self._unlock()
 
     def rows_done_before(self) -> int:

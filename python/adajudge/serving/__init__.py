@@ -6,7 +6,7 @@
 """
 
 from .app import create_app
-from .server import Ending, serve
+from .server import Ending, bind, serve
 from .settings import Settings, is_loopback
 
-__all__ = ["Ending", "Settings", "create_app", "is_loopback", "serve"]
+__all__ = ["Ending", "Settings", "bind", "create_app", "is_loopback", "serve"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import signal
 import socket
 import time
@@ -17,6 +18,7 @@ from adajudge.serving.app import create_app
 from adajudge.serving.gate import Gate
 from adajudge.serving.settings import Settings
 
+_BACKLOG = 2048
 _KEEP_ALIVE = 30  # seconds that an idle connection stays open
 
 
@@ -73,29 +75,51 @@ class Ending:
     idle: bool
 
 
+def bind(host: str, port: int) -> socket.socket:
+    """An address of our own, before a judge is loaded for it; connections are refused until `serve` listens.
+
+    Args:
+        host: name or address.
+        port: 0 chooses a free one.
+
+    Raises:
+        OSError: the address cannot be bound.
+    """
+    address = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        address.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        address.bind((host, port))
+    except OSError as error:
+        address.close()
+        hint = ": another program listens there; --port 0 chooses a free one"
+        raise OSError(
+            f"{host} port {port} cannot be bound: {error.strerror}{hint if error.errno == errno.EADDRINUSE else ''}"
+        ) from error
+    return address
+
+
 def serve(
-    scorer: Scorer, settings: Settings, host: str, port: int, announce: Callable[[str], None]
+    scorer: Scorer, settings: Settings, address: socket.socket, announce: Callable[[str], None]
 ) -> Ending:
     """Serve until SIGTERM or SIGINT.
 
     Args:
         scorer: of the judge.
         settings: limits and access.
-        host: address to bind.
-        port: 0 chooses a free one.
+        address: of `bind`; closed at the end.
         announce: called with the server's URL once it can be reached.
 
     Returns:
         Whether every accepted request was answered, and whether the engine is idle.
 
     Raises:
-        OSError: the address cannot be bound.
+        OSError: another program listens at the address since it was bound.
     """
     _allow_many_connections()
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, port), family=family, backlog=2048) as listener:
-        name = f"[{host}]" if ":" in host else host
-        url = f"http://{name}:{listener.getsockname()[1]}"
+    with address:
+        address.listen(_BACKLOG)
+        host, port = address.getsockname()[:2]
+        url = f"http://[{host}]:{port}" if address.family == socket.AF_INET6 else f"http://{host}:{port}"
         gate = create_app(scorer, settings)
         config = uvicorn.Config(
             gate,
@@ -107,7 +131,7 @@ def serve(
             timeout_graceful_shutdown=5,  # what is left then are idle connections
         )
         server = _Server(config, gate, settings.timeout + 5, lambda: announce(url))
-        server.run(sockets=[listener])
+        server.run(sockets=[address])
         return Ending(server.drained, gate.service.ended)
 
 

@@ -99,6 +99,10 @@ class Service:
 
     async def _answer(self, request: Request, wire: WireFormat) -> Response:
         _check_media_type(request)
+        if (
+            int(request.headers.get("content-length", 0)) > self.settings.max_body
+        ):  # h11 has let only digits pass
+            raise self._too_large()
         held = 0
         try:
             body = bytearray()
@@ -107,12 +111,7 @@ class Service:
                 held += len(chunk)
                 self._held += len(chunk)
                 if len(body) > self.settings.max_body:
-                    raise ServingError(
-                        413,
-                        "body_too_large",
-                        f"the body is longer than {self.settings.max_body_mb:g} MiB",
-                        headers={"Connection": "close"},
-                    )
+                    raise self._too_large()
                 if self._held > _BODIES * self.settings.max_body:
                     raise self._busy("too many bytes of requests are held")
             return await self._unless_disconnected(request, self._score_body(body, wire))
@@ -163,6 +162,10 @@ class Service:
     def _accept(self, rows: int) -> None:
         self._accepted += rows
         self.metrics.accepted.set(self._accepted)
+
+    def _too_large(self) -> ServingError:
+        return ServingError(413, "body_too_large", f"the body is longer than {self.settings.max_body_mb:g} MiB",
+                            headers={"Connection": "close"})  # fmt: skip
 
     def _busy(self, message: str) -> ServingError:
         rate = self.batcher.rows_per_second

@@ -7,7 +7,7 @@ trainer.train()
 
 from adajudge.loading import load_judge
 
-from .adapters import add_lora
+from .lora import add_lora
 from .pairs import LoadedPairs, PairDataset, load_pairs
 from .record import TrainingRecord, TrainingTable, draw_training_curve
 from .trainer import AdaJudgeTrainer, AdaJudgeTrainingArguments

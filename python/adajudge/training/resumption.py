@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adajudge.loading import HEAD_FIELDS
+from adajudge.configuration import HEAD_FIELDS
 from adajudge.scoring.description import differences
 from adajudge.weights import digest_of_weights
 

@@ -1,4 +1,4 @@
-"""LoRA on a judge's backbone, with the whole head trained beside it. `adajudge.loading` puts both together again."""
+"""LoRA on a judge's backbone, with the whole head trained beside it. `adajudge.adapters` puts both together again."""
 
 from __future__ import annotations
 
