@@ -50,6 +50,7 @@ def test_the_block_runs(block, checkout, monkeypatch):
 @pytest.mark.parametrize("commands", COMMANDS, ids=range(len(COMMANDS)))
 def test_a_blocks_commands_run_in_their_order(commands, checkout):
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    variables["PYTEST_ADDOPTS"] = "--within=10"  # seconds; of benchmarks, which take longer
     servers = []
     for command in commands:
         program, *arguments = shlex.split(command.removesuffix(" &"), comments=True)

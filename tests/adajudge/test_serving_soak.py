@@ -4,7 +4,7 @@ from tests.adajudge.soak import problems, soak
 
 
 def test_thirty_two_clients_with_bad_rows_and_broken_connections(capsys):
-    report = soak(seconds=12)
+    report = soak(seconds=8)
     with capsys.disabled():
         print(f"\nsoak: {report}")
     assert not problems(report)
