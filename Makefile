@@ -20,6 +20,8 @@ GPU_WORKERS ?= 12
 GPU_BENCHES := $(patsubst %,benchmarks/test_%.py,pooling scoring head depth_gate experts loss)
 ALONE      := tests/kernels/test_gpu.py tests/adajudge/test_scoring_gpu.py
 TODAY      := $(shell date +%F)
+# Hundreds of processes import torch and transformers, which pip has not compiled: the first one leaves the bytecode.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: setup demo test test-ray test-sanitizers test-arm lint build-gpu test-gpu bench bench-gpu bench-check judge clean
 
