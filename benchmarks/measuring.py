@@ -127,7 +127,7 @@ def measure(
     work = "forward + backward" if backward else "forward"
     dtype = str(case.dtype).removeprefix("torch.")
     benchmark.group = f"{case.group}, {case.shape}, {dtype}, {work}"
-    warmup = PLACES if rounds > ROUNDS[0] else 1
+    warmup = PLACES if rounds > ROUNDS[0] else 0  # it has run twice by now
     benchmark.pedantic(run, setup=between_rounds, rounds=rounds, warmup_rounds=warmup)
     if benchmark.disabled:  # it ran once, and was not timed
         return
