@@ -321,8 +321,9 @@ def build_module(folder: Path, module: Path) -> None:
     libraries = []
     if nvcc:
         host = ["-ccbin", compiler[0]] if len(compiler) == 1 else []
-        # Three times smaller; loading is once per process. Older compilers than 12.8 cannot.
-        packed = ["--compress-mode=size"] if "--compress-mode" in output_of([nvcc, "--help"]) else []
+        # Three times smaller; loading is once per process. Of nvcc 12 it would ask for a newer driver than its runtime does.
+        release = re.search(r"release (\d+)", output_of([nvcc, "--version"]))
+        packed = ["--compress-mode=size"] if release and int(release[1]) >= 13 else []
         options = [
             *("-std=c++20", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden"),
             "-Xptxas=-v",  # registers and spills of every kernel, for tests/cuda/test_compiled.py

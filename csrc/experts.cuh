@@ -102,16 +102,25 @@ __global__ void __launch_bounds__(SHARE_WARPS* WARP, 1) form_shares(ShareArgumen
     const int rows = int(rows_left < SHARE_ROWS ? rows_left : SHARE_ROWS);
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const Columns<W, C> columns{int(d)};
-    A w[UNITS][C];
+    // Every load is made, of a number that is there if not of the one that is meant: a branch around a load would make what
+    // comes after it wait.
+    Stored<T, W> stored[UNITS][C / W];
 #pragma unroll
     for (int u = 0; u < UNITS; ++u) {
-        if (tile.first + u < tile.units) {
-            columns.load(tile.weight + (tile.first + u) * tile.stride, w[u]);
-        } else {
+        const int64_t unit = tile.first + u < tile.units ? tile.first + u : tile.units - 1;
 #pragma unroll
-            for (int c = 0; c < C; ++c) w[u][c] = 0;
-        }
+        for (int v = 0; v < C / W; ++v)
+            stored[u][v] = Stored<T, W>::load(tile.weight + unit * tile.stride + (columns.inside(v) ? columns.at(v) : 0), true);
     }
+    A w[UNITS][C];
+#pragma unroll
+    for (int u = 0; u < UNITS; ++u)
+#pragma unroll
+        for (int v = 0; v < C / W; ++v) {
+            stored[u][v].widen(w[u] + v * W);
+#pragma unroll
+            for (int n = 0; n < W; ++n) w[u][v * W + n] = columns.inside(v) ? w[u][v * W + n] : A(0);
+        }
     const A* z = view_at(call.views, tile.view) + first_row * d;
     A next[C];
     columns.load(z, next);

@@ -9,8 +9,11 @@ namespace {
 
 template <class A>
 void launch_combine(const Stream& stream, const char* operation, const CombineArguments<A>& call) {
-    const dim3 grid(unsigned(call.layout.num_sequences), unsigned(parts(call.features, WARP)));
-    launch(stream, operation, grid, COMBINE_THREADS, COMBINE_THREADS * sizeof(A), combine<A>, call);
+    with_vectors<A>(call.features, [&](auto width) {
+        using Sums = ChunkSums<A, width>;
+        const dim3 grid(unsigned(call.layout.num_sequences), unsigned(parts(call.features, Sums::COLUMNS)));
+        launch(stream, operation, grid, Sums::THREADS, sizeof(Sums), combine<A, width>, call);
+    });
 }
 
 // body(width, depths) of the kernel that scans, see `with_kernel`.

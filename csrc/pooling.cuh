@@ -220,27 +220,58 @@ __global__ void __launch_bounds__(SCAN_THREADS<W, K>, 1) ring_scan(ScanArguments
 
 // -- Sequences from their chunks --------------------------------------------------------------------------------
 
-constexpr int COMBINE_ROWS = 16;                           // chunks that a block reads at a time
-constexpr int COMBINE_THREADS = COMBINE_ROWS * WARP;       // a warp for each, a lane for each of 32 columns
+constexpr int ROWS_UNDER_WAY = 4;  // of a thread that adds rows
 
-// Sum over i of share(i) * rows[i][column], i from 0 to `count`: each warp adds every sixteenth row, then the warps' sums are
-// added in order. Valid in the first warp. All threads of the block call it.
-template <class A, class Share>
-__device__ A sum_of_rows(const A* rows, int64_t count, int64_t d, int column, Share share, A (&parts)[COMBINE_ROWS][WARP]) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    A sum = 0;
-    if (column < d) {
-#pragma unroll 4
-        for (int64_t i = warp; i < count; i += COMBINE_ROWS) sum = multiply_add(share(i), rows[i * d + column], sum);
-    }
-    __syncthreads();  // `parts` may still be read from the sum before
-    parts[warp][lane] = sum;
-    __syncthreads();
-    sum = 0;
+// How a block adds rows: ACROSS threads side by side, W columns each, and ROWS groups of them that take the rows in turn.
+template <class A, int W, int ACROSS, int ROWS>
+struct RowSums {
+    static constexpr int COLUMNS = ACROSS * W, THREADS = ACROSS * ROWS;
+    A parts[ROWS][COLUMNS];
+
+    // Sum over i of share(i) * rows[i][column], i from 0 to `count`: each group adds its rows, then the groups' sums are added
+    // in order. Valid in the first COLUMNS threads, a column each. All threads of the block call it.
+    template <class Share>
+    __device__ A sum(const A* rows, int64_t count, int64_t d, int64_t first_column, Share share) {
+        const int group = threadIdx.x / ACROSS, across = threadIdx.x % ACROSS * W;
+        const bool inside = first_column + across < d;
+        rows += first_column + across;
+        A sums[W] = {};
+#pragma unroll 1
+        for (int64_t first = group; first < count; first += ROWS * ROWS_UNDER_WAY) {
+            Stored<A, W> stored[ROWS_UNDER_WAY];
+            A shares[ROWS_UNDER_WAY];
 #pragma unroll
-    for (int i = 0; i < COMBINE_ROWS; ++i) sum += parts[i][lane];
-    return sum;
-}
+            for (int r = 0; r < ROWS_UNDER_WAY; ++r) {
+                const int64_t i = first + r * ROWS;
+                stored[r] = Stored<A, W>::load(rows + i * d, inside && i < count);
+                shares[r] = i < count ? share(i) : A(0);
+            }
+#pragma unroll
+            for (int r = 0; r < ROWS_UNDER_WAY; ++r) {
+                A x[W];
+                stored[r].widen(x);
+#pragma unroll
+                for (int n = 0; n < W; ++n) sums[n] = multiply_add(shares[r], x[n], sums[n]);
+            }
+        }
+        __syncthreads();  // `parts` may still be read from the sum before
+#pragma unroll
+        for (int n = 0; n < W; ++n) parts[group][across + n] = sums[n];
+        __syncthreads();
+        A total = 0;
+        if (int(threadIdx.x) < COLUMNS) {
+#pragma unroll
+            for (int i = 0; i < ROWS; ++i) total += parts[i][threadIdx.x];
+        }
+        return total;
+    }
+};
+
+// Few chunks of many sequences; many rows.
+template <class A, int W>
+using ChunkSums = RowSums<A, W, 64, 4>;
+template <class A, int W>
+using ManyRowSums = RowSums<A, W, 32, 16>;
 
 template <class A>
 struct CombineArguments {
@@ -250,19 +281,20 @@ struct CombineArguments {
     A *prompt, *response, *all, *attention, *log_sum_exp;             // [B, d] or null; [B]
 };
 
-// Grid (B, blocks of 32 features).
-template <class A>
-__global__ void __launch_bounds__(COMBINE_THREADS, 1) combine(CombineArguments<A> call) {
-    auto& parts = *static_cast<A(*)[COMBINE_ROWS][WARP]>(shared_memory());
-    const int64_t b = blockIdx.x, d = call.features;
-    const int lane = threadIdx.x % WARP, column = blockIdx.y * WARP + lane;
+// Grid (B, blocks of features).
+template <class A, int W>
+__global__ void __launch_bounds__(ChunkSums<A, W>::THREADS, 1) combine(CombineArguments<A> call) {
+    using Sums = ChunkSums<A, W>;
+    auto& sums = *static_cast<Sums*>(shared_memory());
+    const int64_t b = blockIdx.x, d = call.features, begin = int64_t(blockIdx.y) * Sums::COLUMNS, column = begin + threadIdx.x;
+    const int lane = threadIdx.x % WARP;
     const Sequence s = sequence_at(call.layout, b);
     const int64_t first = s.first_chunk, count = s.chunks(), out = b * d + column;
-    const bool writes = threadIdx.x < WARP && column < d;
+    const bool writes = int(threadIdx.x) < Sums::COLUMNS && column < d;
     const auto evenly = [](int64_t) { return A(1); };
     A prompts = 0, responses = 0;
-    if (call.prompt_sums) prompts = sum_of_rows(call.prompt_sums + first * d, count, d, column, evenly, parts);
-    if (call.response_sums) responses = sum_of_rows(call.response_sums + first * d, count, d, column, evenly, parts);
+    if (call.prompt_sums) prompts = sums.sum(call.prompt_sums + first * d, count, d, begin, evenly);
+    if (call.response_sums) responses = sums.sum(call.response_sums + first * d, count, d, begin, evenly);
     if (writes) {
         if (call.prompt) call.prompt[out] = prompts / A(s.prompts > 0 ? s.prompts : 1);
         if (call.response) call.response[out] = responses / A(s.responses);
@@ -277,7 +309,7 @@ __global__ void __launch_bounds__(COMBINE_THREADS, 1) combine(CombineArguments<A
         for (int64_t i = lane; i < count; i += WARP) total = multiply_add(totals[i], exp(tops[i] - safe), total);
         total = warp_sum(total);
         const auto share = [&](int64_t i) { return exp(tops[i] - safe); };
-        const A weighted = sum_of_rows(call.weighted + first * d, count, d, column, share, parts);
+        const A weighted = sums.sum(call.weighted + first * d, count, d, begin, share);
         if (writes) call.attention[out] = weighted / total;
         if (blockIdx.y == 0 && threadIdx.x == 0) call.log_sum_exp[b] = top + log(total);
     }
@@ -340,10 +372,13 @@ __global__ void __launch_bounds__(DOTS_THREADS, 1) dots(DotsArguments<T> call) {
         A logit = 0, grad_dot = 0;
         for (int64_t j = lane * W; j < d; j += WARP * W) {
             A h[W] = {}, x[W], logit_part = 0, dot_part = 0;
+            Stored<T, W> states[MAX_DEPTHS];  // all on their way at once
+#pragma unroll
+            for (int k = 0; k < MAX_DEPTHS; ++k) states[k] = Stored<T, W>::load(call.states.of[k] + slot * d + j, k < call.depths);
 #pragma unroll
             for (int k = 0; k < MAX_DEPTHS; ++k)
                 if (k < call.depths) {
-                    load<W>(call.states.of[k] + slot * d + j, x);
+                    states[k].widen(x);
 #pragma unroll
                     for (int n = 0; n < W; ++n) h[n] = multiply_add(x[n], alpha[k], h[n]);
                 }

@@ -114,8 +114,11 @@ void views_backward(const ViewsBackward& call, const Stream& stream) {
         } else {
             launch_zero_padding(stream, "views_backward", layout, d, depths, scan.grad_states);
         }
-        launch(stream, "views_backward", dim3(unsigned(parts(d, WARP))), COMBINE_THREADS, COMBINE_THREADS * sizeof(A),
-               add_rows<A>, static_cast<const A*>(scan.grad_weight_parts), chunks, d, static_cast<A*>(call.grad_weight));
+        with_vectors<A>(d, [&](auto width) {
+            using Sums = ManyRowSums<A, width>;
+            launch(stream, "views_backward", dim3(unsigned(parts(d, Sums::COLUMNS))), Sums::THREADS, sizeof(Sums),
+                   add_rows<A, width>, static_cast<const A*>(scan.grad_weight_parts), chunks, d, static_cast<A*>(call.grad_weight));
+        });
         if (call.grad_alpha) {
             const SumAlphaArguments<A> arguments{layout, int(depths), int(plan.blocks), scan.grad_alpha_parts,
                                                  static_cast<A*>(call.grad_alpha)};

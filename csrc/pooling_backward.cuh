@@ -192,13 +192,13 @@ __global__ void __launch_bounds__(WARP, 1) sum_alpha_parts(SumAlphaArguments<A> 
     }
 }
 
-// out = the sum of `count` rows [count, d]. Grid (blocks of 32 features).
-template <class A>
-__global__ void __launch_bounds__(COMBINE_THREADS, 1) add_rows(const A* rows, int64_t count, int64_t d, A* out) {
-    auto& parts = *static_cast<A(*)[COMBINE_ROWS][WARP]>(shared_memory());
-    const int column = blockIdx.x * WARP + threadIdx.x % WARP;
-    const A sum = sum_of_rows(rows, count, d, column, [](int64_t) { return A(1); }, parts);
-    if (threadIdx.x < WARP && column < d) out[column] = sum;
+// out = the sum of `count` rows [count, d]. Grid (blocks of features).
+template <class A, int W>
+__global__ void __launch_bounds__(ManyRowSums<A, W>::THREADS, 1) add_rows(const A* rows, int64_t count, int64_t d, A* out) {
+    using Sums = ManyRowSums<A, W>;
+    const int64_t begin = int64_t(blockIdx.x) * Sums::COLUMNS, column = begin + threadIdx.x;
+    const A sum = static_cast<Sums*>(shared_memory())->sum(rows, count, d, begin, [](int64_t) { return A(1); });
+    if (int(threadIdx.x) < Sums::COLUMNS && column < d) out[column] = sum;
 }
 
 constexpr int SPREAD_THREADS = 128;
@@ -273,15 +273,16 @@ __global__ void __launch_bounds__(SPREAD_THREADS, 1) spread_attention(SpreadAtte
         for (int64_t b = piece.first_reader; !call.response_only && b < piece.first_reader + piece.readers; ++b) {
             const int64_t chunk = call.layout.sequences[8 * b + 7], place = chunk * CHUNK_TOKENS + piece.begin + t;
             const A beta = call.betas[place], grad_logit = call.grad_logits[place];
-            A grad[W];
+            A grad[W], alpha[MAX_DEPTHS], g[W];
             columns.load(call.grad_attention + b * d, grad);
+            load_depth_weights<MAX_DEPTHS>(call.alpha, b, call.depths, alpha);
+#pragma unroll
+            for (int n = 0; n < W; ++n) g[n] = multiply_add(beta, grad[n], grad_logit * w[n]);
 #pragma unroll
             for (int k = 0; k < MAX_DEPTHS; ++k)
-                if (k < call.depths) {
-                    const A alpha = call.alpha ? call.alpha[b * call.depths + k] : A(1);
+                if (k < call.depths)
 #pragma unroll
-                    for (int n = 0; n < W; ++n) total[k][n] = multiply_add(alpha, multiply_add(beta, grad[n], grad_logit * w[n]), total[k][n]);
-                }
+                    for (int n = 0; n < W; ++n) total[k][n] = multiply_add(alpha[k], g[n], total[k][n]);
         }
 #pragma unroll
         for (int k = 0; k < MAX_DEPTHS; ++k)

@@ -8,6 +8,13 @@
 
 namespace adajudge::cuda {
 
+// body(width), a constant: how many numbers of the arithmetic a load brings.
+template <class A, class Body>
+void with_vectors(int64_t d, Body body) {
+    if (d % FULL_WIDTH<A> == 0) return body(std::integral_constant<int, FULL_WIDTH<A>>{});
+    body(std::integral_constant<int, 1>{});
+}
+
 constexpr int USUAL_DEPTHS = 4;  // K up to this have kernels of their own
 
 // How a row of d features is spread over threads.

@@ -134,13 +134,13 @@ RINGS = [
 
 # Kernel, template arguments (mangled), threads of a block.
 OTHERS = {
-    ("combine", "f"): 512,
+    ("combine", "fLi4E"): 256,
     ("gate", "f"): 256,
     ("dots", "13__nv_bfloat16Li8E"): 256,
     ("spread_means", "13__nv_bfloat16Li8E"): 128,
     ("spread_attention", "13__nv_bfloat16Li8E"): 128,
     ("zero_padding", "13__nv_bfloat16Li8E"): 256,
-    ("add_rows", "f"): 512,
+    ("add_rows", "fLi4E"): 512,
     ("sum_alpha_parts", "f"): 32,
     ("form_shares", "13__nv_bfloat16Li8E"): 128,
     ("form_shares", "fLi4E"): 128,

@@ -78,6 +78,35 @@ def test_pooling_moves_sixteen_bytes_at_a_time(kernel):
             assert "STG.E.128" in sass()[name], name
 
 
+def loads_under_way(code):
+    """Of sixteen bytes, at most, before an instruction waits for one of them."""
+    waiting, most = set(), 0
+    for instruction in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", code):
+        if waiting & set(re.findall(r"\bR\d+\b", instruction)):
+            waiting.clear()
+        if load := re.match(r"(?:@!?U?P\w+ )?LDG?\.E\S*\.128\S* R(\d+)", instruction):
+            waiting |= {f"R{int(load[1]) + i}" for i in range(4)}
+        most = max(most, len(waiting) // 4)
+    return most
+
+
+@pytest.mark.parametrize(
+    ("kernel", "variant", "loads"),
+    [
+        ("scan", "13__nv_bfloat16Li8ELi8ELi3E", 12),  # four tokens of three states
+        ("dots", "13__nv_bfloat16Li8E", 8),  # the states of a token
+        ("combine", "fLi4E", 4),
+        ("add_rows", "fLi4E", 4),
+        ("form_shares", "13__nv_bfloat16Li8E", 16),  # two of each of eight units
+        ("form_shares", "fLi4E", 32),
+    ],
+)
+def test_loads_do_not_wait_for_one_another(kernel, variant, loads):
+    """A branch around a load and its first use, which costs no instruction in the source, would make the next one wait."""
+    (name,) = (name for name in named(sass(), kernel) if f"{kernel}I{variant}" in name and "b0" not in name)
+    assert loads_under_way(sass()[name]) >= loads
+
+
 @pytest.mark.parametrize("kernel", ["ring_scan", "ring_scan_backward"])
 def test_rings_are_filled_by_the_copy_engine(kernel):
     """A bulk copy for each of a step's rows, and sixteen bytes at a time from shared memory."""
