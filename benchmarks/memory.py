@@ -61,6 +61,7 @@ def _peak_of_allocator(case: Case, side: str, backward: bool) -> int:
 
 
 def _measure_process(sender, build, side, backward, threads) -> None:
+    gc.freeze()  # nothing imported is garbage
     torch.set_num_threads(threads)
     libc, m_mmap_threshold = ctypes.CDLL(None), -3
     libc.mallopt(m_mmap_threshold, 64 << 10)  # what is freed goes back to the system at once
