@@ -1,6 +1,8 @@
 """The contract of docs/model.md beside its bound on errors (test_accuracy.py): one property a test, for every operation and
 backend."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given
@@ -231,18 +233,39 @@ def test_autocast_changes_nothing(operation, device):
     assert all(torch.equal(plain[1][name], cast_run[1][name]) for name in inputs)
 
 
-@pytest.fixture
+@contextmanager
 def deterministic_algorithms():
+    """Torch fills memory that it hands out with NaN then, as a reused block may be full of them."""
     torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @tokenwise
-@pytest.mark.usefixtures("deterministic_algorithms")
-def test_deterministic_algorithms_are_honoured(operation, device):
-    layout, source = RAGGED.lay_out("shared", device)
-    run_operation(operation, cast(operation.draw(RAGGED, 16, 2), torch.float32, device), layout, source)
+@pytest.mark.parametrize("kind", ["padded_left", "shared"] if INTERPRETED else LAYOUTS)
+def test_deterministic_algorithms_are_honoured_and_memory_is_written_before_it_is_read(
+    operation, kind, device
+):
+    layout, source = LONG.lay_out(kind, device)
+    inputs = operation.draw(LONG, 32, 3)
+    expected = run_operation(operation, cast(inputs, torch.float32, device), layout, source)
+    with deterministic_algorithms():
+        assert torch.empty(1, device=device).isnan()
+        got = run_operation(operation, cast(inputs, torch.float32, device), layout, source)
+    assert all(torch.equal(a, b) for a, b in zip(expected[0], got[0], strict=True))
+    assert all(torch.equal(expected[1][name], got[1][name]) for name in inputs)
+
+
+@rowwise
+def test_rowwise_memory_is_written_before_it_is_read(name, draw, call, truth, device):
+    inputs = draw(9)
+    expected = run_truth(call, cast(inputs, torch.float32, device))
+    with deterministic_algorithms():
+        got = run_truth(call, cast(inputs, torch.float32, device))
+    assert all(torch.equal(a, b) for a, b in zip(expected[0], got[0], strict=True))
+    assert all(torch.equal(expected[1][key], got[1][key]) for key in inputs)
 
 
 @pooling
