@@ -7,7 +7,7 @@ import triton.language as tl
 
 @triton.jit
 def divided(a, b):
-    """``a / b``, tensors."""
-    if a.dtype == tl.float32:
+    """``a / b``; b is a tensor."""
+    if b.dtype == tl.float32:
         return tl.div_rn(a, b)
     return a / b  # of fp64, rounded to nearest anyhow

@@ -13,6 +13,8 @@ Offsets of elements are int64. Names in capitals are known at compile time; the 
 import triton
 import triton.language as tl
 
+from adajudge_kernels.rounded import divided
+
 
 @triton.jit(do_not_specialize=["batch"])
 def hidden_parts(
@@ -173,7 +175,7 @@ def _view_weights(
     logits = tl.sum(total, axis=1) + tl.load(out_bias + v, mask=v < 3, other=0.0).to(ACC)
     logits = tl.where(v < 3, logits, float("-inf"))
     exponentials = tl.exp(logits - tl.max(logits))
-    return exponentials / tl.sum(exponentials)
+    return divided(exponentials, tl.sum(exponentials))
 
 
 @triton.jit
@@ -230,13 +232,13 @@ def _router_out_weights(out_weight, unit, H_R: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def _silu(x):
-    return x / (1 + tl.exp(-x))
+    return divided(x, 1 + tl.exp(-x))
 
 
 @triton.jit
 def _silu_derivative(x):
     """``sigma(x) (1 + x (1 - sigma(x)))``."""
-    sigma = 1 / (1 + tl.exp(-x))
+    sigma = divided(1.0, 1 + tl.exp(-x))
     return sigma * (1 + x * (1 - sigma))
 
 

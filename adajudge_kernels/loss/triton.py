@@ -8,11 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adajudge_kernels.launches import FUSED, TRITON_DTYPES, aligned, device_of
+from adajudge_kernels.launches import FUSED, ON_AMD, TRITON_DTYPES, aligned, device_of
 from adajudge_kernels.loss import triton_kernels as kernels
 from adajudge_kernels.registration import arithmetic_dtype
 
-_STEP = {"BLOCK": 1024, "num_warps": 8, **FUSED}  # pairs at once: the usual batch is one step
+# Pairs at once: the usual batch is one step. Left alone, the compiler may spill to use fewer registers than it has.
+_STEP = {"BLOCK": 1024, "num_warps": 8, **FUSED} | ({} if ON_AMD else {"maxnreg": 128})
 
 
 def focal_bradley_terry_loss_forward(

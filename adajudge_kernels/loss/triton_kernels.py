@@ -6,6 +6,8 @@ Arithmetic is in `ACC` (fp32; fp64 for fp64 rewards), right after the load. Name
 import triton
 import triton.language as tl
 
+from adajudge_kernels.rounded import divided
+
 
 @triton.jit(do_not_specialize=["pairs", "sequences"])
 def focal_bradley_terry(
@@ -36,31 +38,34 @@ def focal_bradley_terry(
     ``q = 1 - p``; ``dL/dz = w q^gamma (gamma p log p - q) / N``.
     """
     i = tl.arange(0, BLOCK)
+    share = divided(1.0, tl.maximum(pairs, 1).to(ACC))
+    tau = tl.full((), temperature, ACC)
+    slope = divided(share, tau)
     focal = tl.zeros((BLOCK,), ACC)
     for start in range(0, pairs, BLOCK):
         inside = start + i < pairs
         r_chosen = tl.load(chosen + start + i, mask=inside, other=0.0).to(ACC)
         r_rejected = tl.load(rejected + start + i, mask=inside, other=0.0).to(ACC)
-        z = (r_chosen - r_rejected) / temperature
+        z = divided(r_chosen - r_rejected, tau)
         log_p = _log_sigmoid(z)
         log_q = _log_sigmoid(-z)
         modulation = tl.exp(gamma * log_q)
         value = -modulation * log_p
         if GRADIENTS:
-            d_z = modulation * (gamma * tl.exp(log_p) * log_p - tl.exp(log_q)) / pairs / temperature
+            d_z = slope * modulation * (gamma * tl.exp(log_p) * log_p - tl.exp(log_q))
         if WEIGHTED:
             w = tl.load(pair_weight + start + i, mask=inside, other=0.0).to(ACC)
             if GRADIENTS:
-                tl.store(grad_pair_weight + start + i, value / pairs, mask=inside)
+                tl.store(grad_pair_weight + start + i, share * value, mask=inside)
                 d_z *= w
             value *= w
         if GRADIENTS:
             tl.store(grad_chosen + start + i, d_z, mask=inside)
         focal += tl.where(inside, value, 0.0)
-    total = tl.sum(focal) / tl.maximum(pairs, 1)
+    total = share * tl.sum(focal)
     if ENTROPY:
         squares = tl.zeros((BLOCK,), ACC)
-        scale = 2 * entropy_weight / tl.maximum(sequences, 1)
+        share = divided(tl.full((), entropy_weight, ACC), tl.maximum(sequences, 1).to(ACC))
         for start in range(0, sequences, BLOCK):
             inside = start + i < sequences
             row = (start + i).to(tl.int64) * 3
@@ -75,10 +80,10 @@ def focal_bradley_terry(
                     pi = tl.load(view_weights + row + v, mask=inside, other=1.0).to(ACC)
                     tl.store(
                         grad_view_weights + row + v,
-                        scale * shortfall * (_log_weight(pi, TINY) + 1),
+                        2 * share * shortfall * (_log_weight(pi, TINY) + 1),
                         mask=inside,
                     )
-        total += entropy_weight * (tl.sum(squares) / tl.maximum(sequences, 1))
+        total += share * tl.sum(squares)
     tl.store(loss, total)
 
 
@@ -88,7 +93,7 @@ def _log_sigmoid(z):
     e = tl.exp(-tl.abs(z))
     u = 1 + e
     kept = tl.where(u == 1, 1.0, u - 1)  # of e, which log(u) is of: the rest is made up for
-    return tl.minimum(z, 0.0) - tl.where(u == 1, e, tl.log(u) * (e / kept))
+    return tl.minimum(z, 0.0) - tl.where(u == 1, e, tl.log(u) * divided(e, kept))
 
 
 @triton.jit

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from adajudge_kernels.pooling.triton_kernels import RESPONSE, _mixed, _read, _sequence
+from adajudge_kernels.rounded import divided
 
 
 @triton.jit
@@ -66,7 +67,7 @@ def scan_backward(
         shift = tl.load(bias).to(ACC)
     if VIEWS:
         g_mean = tl.load(grad_mean + b * D + columns, mask=inside, other=0.0)
-        g_mean = g_mean / tl.load(sequences + b * 8 + 6).to(ACC)
+        g_mean = divided(g_mean, tl.load(sequences + b * 8 + 6).to(ACC))
     lse = tl.load(log_sum_exp + b)
     k_index = tl.arange(0, DEPTHS)
     d_alpha = tl.zeros((DEPTHS,), ACC)
@@ -178,14 +179,16 @@ def spread_means(
         prompts = tl.load(sequences + b * 8 + 5)
         responses = tl.load(sequences + b * 8 + 6)
         if ALL_MEAN:
-            g = tl.load(grad_all + b * D + columns, mask=inside, other=0.0) / (prompts + responses).to(ACC)
+            g = tl.load(grad_all + b * D + columns, mask=inside, other=0.0)
+            g = divided(g, (prompts + responses).to(ACC))
             prompt += g
             response += g
         if PROMPT_MEAN:
             g = tl.load(grad_prompt + b * D + columns, mask=inside, other=0.0)
-            prompt += g / tl.maximum(prompts, 1).to(ACC)
+            prompt += divided(g, tl.maximum(prompts, 1).to(ACC))
         if RESPONSE_MEAN:
-            response += tl.load(grad_response + b * D + columns, mask=inside, other=0.0) / responses.to(ACC)
+            g = tl.load(grad_response + b * D + columns, mask=inside, other=0.0)
+            response += divided(g, responses.to(ACC))
     for step in range(0, tl.minimum(CHUNK, stop - begin), TOKENS):
         slot = begin + step + tl.arange(0, TOKENS)
         valid = slot < stop

@@ -268,7 +268,7 @@ def gate(
         logits += tl.sum(w * c[None, :], axis=1)
     logits = tl.where(k < K, logits, float("-inf"))
     exponentials = tl.exp(logits - tl.max(logits))
-    tl.store(alpha + b * K + k, exponentials / tl.sum(exponentials), mask=k < K)
+    tl.store(alpha + b * K + k, divided(exponentials, tl.sum(exponentials)), mask=k < K)
 
 
 @triton.jit

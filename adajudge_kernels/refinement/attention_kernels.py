@@ -14,6 +14,8 @@ elements are int64.
 import triton
 import triton.language as tl
 
+from adajudge_kernels.rounded import divided
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -216,7 +218,7 @@ def attention_forward(
                 ACC,
             )
         top, norm, mixed = state
-        _put(out + head * E, row, H * E, valid, mixed / norm[:, None], E, WIDTH)
+        _put(out + head * E, row, H * E, valid, mixed * divided(1.0, norm)[:, None], E, WIDTH)
         tl.store(log_sum_exp + head * num_rows + row, top * FACTOR + tl.log2(norm), mask=valid)
 
 

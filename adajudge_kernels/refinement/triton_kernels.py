@@ -39,7 +39,7 @@ def residual_rms_norm(
         u = u.to(total_out.dtype.element_ty)
         tl.store(total_out + places, u, mask=mask)
         u = u.to(ACC)
-    inverse = 1.0 / tl.sqrt(tl.sum(u * u, axis=1) / D + eps)
+    inverse = tl.rsqrt(tl.sum(u * u, axis=1) * (1.0 / D) + eps)
     normed = u * inverse[:, None] * w[None, :]
     tl.store(normed_out + places, normed.to(normed_out.dtype.element_ty), mask=mask)
 
@@ -74,11 +74,11 @@ def residual_rms_norm_backward(
         mask = (row < count)[:, None] & inside[None, :]
         u = tl.load(total + places, mask=mask, other=0.0).to(ACC)
         g = tl.load(grad_normed + places, mask=mask, other=0.0).to(ACC)
-        inverse = 1.0 / tl.sqrt(tl.sum(u * u, axis=1) / D + eps)
+        inverse = tl.rsqrt(tl.sum(u * u, axis=1) * (1.0 / D) + eps)
         n = u * inverse[:, None]
         d_weight += tl.sum(g * n, axis=0)
         h = g * w[None, :]
-        du = (h - n * (tl.sum(h * n, axis=1) / D)[:, None]) * inverse[:, None]
+        du = (h - n * (tl.sum(h * n, axis=1) * (1.0 / D))[:, None]) * inverse[:, None]
         if UPDATE:
             du += tl.load(grad_total + places, mask=mask, other=0.0).to(ACC)
         tl.store(grad_out + places, du.to(grad_out.dtype.element_ty), mask=mask)
@@ -118,8 +118,8 @@ def wide_rms_norm_backward(
             w = tl.load(weight + columns, mask=columns < D, other=0.0).to(ACC)
             squares += tl.sum(u * u, axis=1)
             products += tl.sum(g * w[None, :] * u, axis=1)
-        inverse = 1.0 / tl.sqrt(squares / D + eps)
-        mean = products * inverse / D
+        inverse = tl.rsqrt(squares * (1.0 / D) + eps)
+        mean = products * inverse * (1.0 / D)
         for start in range(0, D, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             places = row[:, None] * D + columns[None, :]

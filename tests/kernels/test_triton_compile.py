@@ -56,11 +56,12 @@ architectures = pytest.mark.parametrize("arch", NVIDIA)
 
 
 def compile_within_limits(launch, arch):
-    """The compilation, which spills nothing and needs no more shared memory than there is."""
+    """The compilation, which spills nothing, needs no more shared memory than there is and divides as IEEE does."""
     compiled = compile_launch(launch, NVIDIA[arch])
     where = f"{launch.name} sm_{arch} {dict(launch.constants)} {launch.signature}"
     assert compiled.stack == 0, f"{where}: {compiled.stack} bytes spilled, {compiled.registers} registers"
     assert compiled.shared <= SHARED_MEMORY[arch], where
+    assert "div.full" not in compiled.assembly, f"{where}: a division that is not rounded to nearest"
     assert "enable_fp_fusion" in dict(launch.options), f"{where}: left to triton's default, which changes"
     note_compilation(f"sm_{arch}", where, compiled.registers)
     return compiled
