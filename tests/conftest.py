@@ -24,7 +24,7 @@ if os.environ.get("ADAJUDGE_TEST_MODULE"):
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     from tests import interpreter
 
-    interpreter.quicken()
+    interpreter.change()
 
 # Test workers run side by side and their tensors are small: waiting for threads would be most of the time. What
 # must not depend on the number of threads is tested with several (test_contract.py, test_native.py).

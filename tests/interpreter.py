@@ -1,4 +1,5 @@
-"""Triton's interpreter without the work whose results nobody reads: the same values, in half the time."""
+"""Triton's interpreter without the work whose results nobody reads: the same values, in half the time. And sums of many
+numbers by halves, as GPUs form them, wherever the numbers lie."""
 
 from dataclasses import replace
 from functools import cache
@@ -28,7 +29,19 @@ def _get_np_dtype(dtype):
     return np.dtype(np.uint64) if isinstance(scalar, tl.pointer_type) else _numpy_dtype_of_scalar(scalar)
 
 
-def quicken():
+_sum = interpreter.ReduceOps.sum
+
+
+def _sum_by_halves(self, tile):
+    """numpy adds one after the other along any axis but the last, and is off by more the more there are."""
+    data = tile.handle.data
+    if data.ndim < 3 or self.axis in (None, data.ndim - 1):
+        return _sum(self, tile)
+    lined_up = np.ascontiguousarray(np.moveaxis(data, self.axis, -1)).sum(axis=-1)
+    return self.to_tensor(np.expand_dims(lined_up, self.axis) if self.keep_dims else lined_up, tile.dtype)
+
+
+def change():
     """Change the interpreter of this process."""
     # It computes whether an integer sum overflows, in int64, and reads that with `debug` only, which it never sets.
     options = interpreter.interpreter_builder.options
@@ -36,3 +49,4 @@ def quicken():
         interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
     interpreter.InterpretedFunction.__call__ = _call_device_function
     interpreter._get_np_dtype = _get_np_dtype
+    interpreter.ReduceOps.sum = _sum_by_halves

@@ -7,7 +7,14 @@ those that are sums over tokens, which small kernels add up in order.
 import triton
 import triton.language as tl
 
-from adajudge_kernels.pooling.triton_kernels import RESPONSE, _mixed, _read, _sequence
+from adajudge_kernels.pooling.triton_kernels import (
+    RESPONSE,
+    _depth_weights,
+    _loaded,
+    _mixed,
+    _read,
+    _sequence,
+)
 from adajudge_kernels.rounded import divided
 
 
@@ -34,7 +41,6 @@ def scan_backward(
     grad_weight_parts,
     D: tl.constexpr,
     K: tl.constexpr,
-    DEPTHS: tl.constexpr,
     WEIGHTED: tl.constexpr,
     VIEWS: tl.constexpr,
     RESPONSE_ONLY: tl.constexpr,
@@ -69,8 +75,13 @@ def scan_backward(
         g_mean = tl.load(grad_mean + b * D + columns, mask=inside, other=0.0)
         g_mean = divided(g_mean, tl.load(sequences + b * 8 + 6).to(ACC))
     lse = tl.load(log_sum_exp + b)
-    k_index = tl.arange(0, DEPTHS)
-    d_alpha = tl.zeros((DEPTHS,), ACC)
+    # Features that a thread loads at once: their sum waits for no other.
+    WIDTH: tl.constexpr = 128 // states[0].dtype.element_ty.primitive_bitwidth
+    weights = _depth_weights(alpha, b, K, WEIGHTED, ACC)
+    d_alpha = ()
+    if WEIGHTED:
+        for _ in tl.static_range(K):
+            d_alpha += (tl.zeros((TOKENS, BLOCK // WIDTH), ACC),)
     d_weight = tl.zeros((BLOCK,), ACC)
     for step in tl.range(0, tl.minimum(CHUNK, length - begin), TOKENS, num_stages=STAGES):
         position = begin + step + tl.arange(0, TOKENS)
@@ -81,13 +92,15 @@ def scan_backward(
         seen = _read(valid, role, not RESPONSE_ONLY, True)
         mask = seen[:, None] & inside[None, :]
         scalars = chunk * CHUNK + step + tl.arange(0, TOKENS)
-        h = _mixed(states, alpha + b * K, rows, mask, K, WEIGHTED, ACC)
+        tiles = _loaded(states, rows, mask, K)
+        h = _mixed(tiles, weights, K, WEIGHTED, ACC)
         if DOTS_GIVEN:
             logit = tl.load(logits + scalars, mask=valid, other=0.0)
             grad_dot = tl.load(grad_dots + scalars, mask=valid, other=0.0)
         else:
-            logit = tl.sum(h * w[None, :], axis=1) + shift
-            grad_dot = tl.sum((h - z[None, :]) * g_attention[None, :], axis=1)
+            products = tl.join(h * w[None, :], (h - z[None, :]) * g_attention[None, :])
+            logit, grad_dot = tl.split(tl.sum(products, axis=1))  # one sum of two numbers: threads wait once
+            logit += shift
         beta = tl.where(seen, tl.exp(tl.where(seen, logit, lse) - lse), 0.0)
         d_logit = tl.where(seen, beta * grad_dot, 0.0)
         g = beta[:, None] * g_attention[None, :] + d_logit[:, None] * w[None, :]
@@ -101,12 +114,15 @@ def scan_backward(
                 g_last = tl.load(grad_last + b * D + columns, mask=inside, other=0.0)
                 g += tl.where(is_last[:, None], g_last[None, :], 0.0)
         own = (valid & (position >= first) if SHARED else valid)[:, None] & inside[None, :]
+        parts = d_alpha
+        d_alpha = ()
         for k in tl.static_range(K):
             d_state = g
             if WEIGHTED:
-                x = tl.load(states[k] + rows, mask=mask, other=0.0).to(ACC)
-                d_alpha += tl.where(k_index == k, tl.sum(tl.where(mask, g, 0.0) * x), 0.0)
-                d_state = g * tl.load(alpha + b * K + k).to(ACC)
+                products = tl.where(mask, g, 0.0) * tiles[k].to(ACC)
+                products = tl.reshape(products, (TOKENS, BLOCK // WIDTH, WIDTH))
+                d_alpha += (parts[k] + tl.sum(products, axis=2),)
+                d_state = g * weights[k]
             tl.store(grad_states[k] + rows, d_state.to(grad_states[k].dtype.element_ty), mask=own)
         if SHARED and tl.program_id(1) == 0:
             tl.store(betas + scalars, beta, mask=valid)
@@ -114,7 +130,8 @@ def scan_backward(
     tl.store(grad_weight_parts + chunk * D + columns, d_weight, mask=inside)
     if WEIGHTED:
         part = (chunk * tl.num_programs(1) + tl.program_id(1)) * K
-        tl.store(grad_alpha_parts + part + k_index, d_alpha, mask=k_index < K)
+        for k in tl.static_range(K):
+            tl.store(grad_alpha_parts + part + k, tl.sum(d_alpha[k]))
 
 
 @triton.jit

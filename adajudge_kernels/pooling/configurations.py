@@ -4,8 +4,9 @@ A configuration depends on the kernel and the row (d, K, dtype) and on nothing e
 so that a sequence's bits never depend on them, and nothing is compiled or tuned anew when they change.
 
 The table of defaults is small and the same for all architectures: what bounds a step is the register file, 64 Ki registers
-an SM on all of them; the scans' next steps lie in shared memory, at most 64 KiB. Its figures come from compile reports (no
-spills, 128 registers a thread and less where K allows it, two programs an SM for the scan of usual rows).
+an SM on all of them; the scans' next steps lie in shared memory, at most 64 KiB. Its figures come from compile reports: no
+spills, 128 registers a thread and less where K allows it, sixteen warps an SM and more for usual rows, and as few instructions
+a byte as that leaves (docs/triton-pooling.md).
 ``python -m adajudge_kernels.tune`` measures alternatives on the GPU at hand and keeps what is faster in a file of the user's
 cache folder, which is read here.
 """
@@ -56,9 +57,7 @@ class Tile(NamedTuple):
     block: int
     warps: int
     stages: int = 1
-    registers: int | None = (
-        None  # a thread may use; None leaves it to the compiler, which may spill to use fewer
-    )
+    registers: int | None = None  # a thread may use; None leaves them to the compiler, which may spill some
 
 
 class _Step(NamedTuple):
@@ -70,16 +69,19 @@ class _Step(NamedTuple):
     most_warps: int = 16
     registers: int | None = None
     stages: int = 1  # of the kernels that load steps ahead, at most
+    in_threads: bool = False  # a thread has its features of all tokens: sums over tokens wait for no other
 
 
 # By kernel, and for the scans by the bytes of K numbers: their registers grow with them.
 _STEPS = {
-    "scan": _Step(4096, 16, registers=128, stages=3),
-    "scan, more than 12 bytes": _Step(4096, 16, most_warps=8, registers=255, stages=2),
-    "scan_backward": _Step(1024, 8, registers=128, stages=2),
-    "scan_backward, more than 6 bytes": _Step(2048, 8, most_warps=8, registers=255, stages=2),
-    "dots": _Step(2048, 8, registers=128),
-    "sums": _Step(4096, 16, stages=3),
+    "scan": _Step(2048, 16, registers=128, stages=3, in_threads=True),
+    "scan, more than 12 bytes": _Step(2048, 16, most_warps=8, registers=255, stages=2, in_threads=True),
+    "scan_backward": _Step(1024, 8, registers=128, stages=2, in_threads=True),
+    "scan_backward, more than 6 bytes": _Step(
+        1024, 8, most_warps=8, registers=255, stages=2, in_threads=True
+    ),
+    "dots": _Step(2048, 16, registers=128, in_threads=True),
+    "sums": _Step(4096, 32, stages=3, in_threads=True),
     "spread_means": _Step(4096, 16),
     "spread_attention": _Step(2048, 8, 8),
 }
@@ -118,6 +120,9 @@ def default_tile(kernel: str, d: int, depths: int, dtype: torch.dtype) -> Tile:
     step = _step(kernel, depths, dtype)
     tokens = min(step.most_tokens, max(1, step.numbers // block))
     warps = min(step.most_warps, max(4, tokens * block // (32 * step.per_thread)))
+    if step.in_threads:
+        warps = min(warps, max(1, block * dtype.itemsize // 512))  # a warp's threads load 16 bytes each
+        tokens = min(tokens, max(1, warps * 32 * step.per_thread // block))
     stages = min(step.stages, 1 + STAGED_BYTES // (tokens * block * depths * dtype.itemsize))
     return Tile(tokens, block, warps, stages, step.registers)
 

@@ -271,7 +271,6 @@ def _views_backward(
             dlogits,
             dalpha_parts,
             dweight_parts,
-            DEPTHS=power_of_2(depths),
             VIEWS=all_views,
             RESPONSE_ONLY=response_only,
             SHARED=shared,

@@ -31,13 +31,32 @@ def _sequence(sequences, b):
 
 
 @triton.jit
-def _mixed(states, alpha, rows, mask, K: tl.constexpr, WEIGHTED: tl.constexpr, ACC: tl.constexpr):
-    """``h = sum_k alpha_k H_k`` of a tile of tokens; the states' own first tensor if there are no depth weights."""
-    h = tl.load(states[0] + rows, mask=mask, other=0.0).to(ACC)
+def _loaded(states, rows, mask, K: tl.constexpr):
+    """``H_k`` of a tile of tokens, a tuple; zeros where the mask says no."""
+    tiles = ()
+    for k in tl.static_range(K):
+        tiles += (tl.load(states[k] + rows, mask=mask, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def _depth_weights(alpha, b, K: tl.constexpr, WEIGHTED: tl.constexpr, ACC: tl.constexpr):
+    """A sequence's ``alpha_k``, a tuple; empty if there are none."""
+    weights = ()
     if WEIGHTED:
-        h *= tl.load(alpha).to(ACC)
+        for k in tl.static_range(K):
+            weights += (tl.load(alpha + b * K + k).to(ACC),)
+    return weights
+
+
+@triton.jit
+def _mixed(tiles, weights, K: tl.constexpr, WEIGHTED: tl.constexpr, ACC: tl.constexpr):
+    """``h = sum_k alpha_k H_k`` of a tile of tokens; its first tensor if there are no depth weights."""
+    h = tiles[0].to(ACC)
+    if WEIGHTED:
+        h *= weights[0]
         for k in tl.static_range(1, K):
-            h += tl.load(alpha + k).to(ACC) * tl.load(states[k] + rows, mask=mask, other=0.0).to(ACC)
+            h += weights[k] * tiles[k].to(ACC)
     return h
 
 
@@ -91,6 +110,7 @@ def scan(
     tau = tl.load(sequences + b * 8 + 4)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < D
+    weights = _depth_weights(alpha, b, K, WEIGHTED, ACC)
     if PROMPT_SUM:
         prompt_sum = tl.zeros((BLOCK,), ACC)
     if RESPONSE_SUM:
@@ -114,7 +134,8 @@ def scan(
             PROMPT_SUM or (ATTENTION and not RESPONSE_ONLY),
             RESPONSE_SUM or ATTENTION or LAST,
         )
-        h = _mixed(states, alpha + b * K, rows, seen[:, None] & inside[None, :], K, WEIGHTED, ACC)
+        tiles = _loaded(states, rows, seen[:, None] & inside[None, :], K)
+        h = _mixed(tiles, weights, K, WEIGHTED, ACC)
         if PROMPT_SUM:
             prompt_sum += tl.sum(tl.where((role == PROMPT)[:, None], h, 0.0), axis=0)
         if RESPONSE_SUM:
@@ -300,25 +321,28 @@ def dots(
     b = tl.load(chunks + chunk).to(tl.int64)
     begin = (chunk.to(tl.int32) - tl.load(sequences + b * 8 + 7)) * CHUNK
     start0, start1, first, length = _sequence(sequences, b)
+    weights = _depth_weights(alpha, b, K, WEIGHTED, ACC)
     for step in range(0, tl.minimum(CHUNK, length - begin), TOKENS):
         position = begin + step + tl.arange(0, TOKENS)
         valid = position < length
         slot = tl.where(position < first, start0 + position, start1 + position - first)
         seen = _read(valid, tl.load(roles + slot, mask=valid, other=0), not RESPONSE_ONLY, True)
-        logit = tl.zeros((TOKENS,), ACC) + tl.load(bias).to(ACC)
-        grad_dot = tl.zeros((TOKENS,), ACC)
+        # Summed over features at the end: until then, no thread waits for another.
+        products = tl.zeros((TOKENS, BLOCK), ACC)
+        grad_products = tl.zeros((TOKENS, BLOCK), ACC)
         for start in range(0, D, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             inside = columns < D
             rows = slot.to(tl.int64)[:, None] * D + columns[None, :]
-            h = _mixed(states, alpha + b * K, rows, seen[:, None] & inside[None, :], K, WEIGHTED, ACC)
+            tiles = _loaded(states, rows, seen[:, None] & inside[None, :], K)
+            h = _mixed(tiles, weights, K, WEIGHTED, ACC)
             w = tl.load(weight + columns, mask=inside, other=0.0).to(ACC)
-            logit += tl.sum(h * w[None, :], axis=1)
+            products += h * w[None, :]
             if BACKWARD:
                 g = tl.load(grad + b * D + columns, mask=inside, other=0.0)
                 z = tl.load(pooled + b * D + columns, mask=inside, other=0.0)
-                grad_dot += tl.sum((h - z[None, :]) * g[None, :], axis=1)
+                grad_products += (h - z[None, :]) * g[None, :]
         out = chunk * CHUNK + step + tl.arange(0, TOKENS)
-        tl.store(logits + out, logit, mask=valid)
+        tl.store(logits + out, tl.sum(products, axis=1) + tl.load(bias).to(ACC), mask=valid)
         if BACKWARD:
-            tl.store(grad_dots + out, grad_dot, mask=valid)
+            tl.store(grad_dots + out, tl.sum(grad_products, axis=1), mask=valid)

@@ -14,14 +14,17 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from tests.kernels.triton_compile import (
     AMD,
     NVIDIA,
+    PASSES,
     SHARED_MEMORY,
     TRITON_VERSION,
     attention_launches,
     compile_launch,
     experts_launches,
     experts_table,
+    instructions_table,
     loss_launches,
     loss_table,
+    pass_over_states,
     pooling_launches,
     pooling_table,
     refinement_table,
@@ -74,6 +77,16 @@ def test_kernels_compile_without_spills_and_read_sixteen_bytes_at_once(row, arch
         compiled = compile_within_limits(launch, arch)
         if launch.name in ("scan", "scan_backward"):
             assert compiled.sixteen_byte_loads >= dict(launch.constants)["K"], launch
+
+
+@pytest.mark.parametrize("operation", PASSES)
+@pytest.mark.parametrize("d", [1024, 2560, 4096])
+def test_passes_over_states_leave_an_h200_to_its_memory(d, operation):
+    """Their instructions take less time to issue than their bytes to move, and threads seldom wait for one another."""
+    compiled, share = pass_over_states(d, operation)
+    assert share < 0.8
+    barriers = sum(name.startswith("BAR") for name in compiled.loop)
+    assert barriers <= (7 if operation == "multi_view_pool" else 3)  # four at a sequence's last token alone
 
 
 @pytest.mark.parametrize("size", EXPERTS, ids=lambda size: f"d{size[0]}-h{size[1]}")
@@ -162,7 +175,7 @@ def test_kernels_compile_for_amd(target):
 
 
 TABLES = {
-    "triton-pooling.md": [pooling_table],
+    "triton-pooling.md": [pooling_table, instructions_table],
     "head.md": [refinement_table],
     "triton-experts.md": [
         lambda: experts_table(torch.float32),

@@ -4,7 +4,7 @@ import re
 import subprocess
 import tempfile
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from unittest import mock
 
 import torch
@@ -88,6 +88,7 @@ class Compiled:
     stack: int  # bytes per thread; 0 means that nothing was spilled
     shared: int  # bytes per block
     assembly: str
+    cubin: bytes = field(default=b"", repr=False)
 
     @property
     def sixteen_byte_loads(self):
@@ -106,6 +107,18 @@ class Compiled:
     def tensor_core_products(self):
         """How many matrix instructions the PTX has."""
         return len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", self.assembly))
+
+    @property
+    def loop(self):
+        """The instructions of the machine code's longest loop, by their names."""
+        code = re.findall(r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ +)?([^;]+);", _dump(self.cubin, "-sass"))
+        places = {int(place, 16): i for i, (place, _) in enumerate(code)}
+        loops = [[]]
+        for i, (_, instruction) in enumerate(code):
+            target = re.match(r"BRA\b.*0x([0-9a-f]+)", instruction)
+            if target and places.get(int(target[1], 16), len(code)) < i:
+                loops.append(code[places[int(target[1], 16)] : i + 1])
+        return [instruction.split()[0] for _, instruction in max(loops, key=len)]
 
 
 def compile_launch(launch, target):
@@ -132,19 +145,18 @@ def compile_launch(launch, target):
     kernel = triton.compile(source, target=target, options=options)
     if target.backend != "cuda":
         return Compiled(0, 0, kernel.metadata.shared, kernel.asm["amdgcn"])
-    registers, stack = _resources(kernel.asm["cubin"])
-    return Compiled(registers, stack, kernel.metadata.shared, kernel.asm["ptx"])
+    cubin = kernel.asm["cubin"]
+    text = _dump(cubin, "--dump-resource-usage")
+    registers, stack = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
+    return Compiled(registers, stack, kernel.metadata.shared, kernel.asm["ptx"], cubin)
 
 
-def _resources(cubin):
-    tool = triton.knobs.nvidia.cuobjdump.path
+def _dump(cubin, what):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
+        command = [triton.knobs.nvidia.cuobjdump.path, what, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def pooling_launches(d, depths, dtype):
@@ -276,6 +288,43 @@ def pooling_table():
     return resource_table(pooling_launches(4096, 3, torch.bfloat16), "tokens x features", step)
 
 
+PASSES = {  # over the states: constants that tell them from the kernels' other uses
+    "multi_view_pool": ("scan", {"LAST": True}),
+    "its backward": ("scan_backward", {"VIEWS": True, "SHARED": False}),
+    "depth_gate": ("scan", {"PROMPT_SUM": True, "RESPONSE_SUM": True}),
+}
+H200_BYTES_A_CYCLE = 4.3e12 / (132 * 1.98e9)  # that an SM moves at the bandwidth of a copy
+ISSUED_A_CYCLE = 4  # warp instructions
+
+
+def pass_over_states(d, operation):
+    """The compilation for sm_90 of an operation's pass over states of bf16, K = 3, and the share of an H200's issue slots
+    that its loop takes where its bytes move at the bandwidth of a copy."""
+    kernel, marks = PASSES[operation]
+    launch = next(
+        launch
+        for launch in pooling_launches(d, 3, torch.bfloat16)
+        if launch.name == kernel and marks.items() <= dict(launch.constants).items()
+    )
+    compiled, constants = compile_launch(launch, NVIDIA[90]), dict(launch.constants)
+    moved = constants["K"] * constants["TOKENS"] * min(d, constants["BLOCK"]) * torch.bfloat16.itemsize
+    moved *= 2 if kernel == "scan_backward" else 1
+    instructions = len(compiled.loop) * dict(launch.options)["num_warps"]
+    return compiled, instructions / moved * H200_BYTES_A_CYCLE / ISSUED_A_CYCLE
+
+
+def instructions_table():
+    """The other table of docs/triton-pooling.md."""
+    lines = [
+        f"| d | {' | '.join(f'`{x}`' if '_' in x else x for x in PASSES)} |",
+        "| --- |" + " --- |" * len(PASSES),
+    ]
+    for d in (1024, 2048, 2560, 4096, 8192):
+        shares = [pass_over_states(d, operation)[1] for operation in PASSES]
+        lines.append(f"| {d} | " + " | ".join(f"{100 * share:.0f} %" for share in shares) + " |")
+    return "\n".join(lines)
+
+
 def experts_table(weight_dtype):
     """A table of docs/triton-experts.md: fp32 views, as the pooling gives them."""
 
@@ -305,5 +354,6 @@ def refinement_table():
 
 
 if __name__ == "__main__":
-    tables = pooling_table(), refinement_table(), experts_table(torch.float32), experts_table(torch.bfloat16)
-    print("\n\n".join((*tables, loss_table())))
+    tables = pooling_table(), instructions_table(), refinement_table()
+    tables += experts_table(torch.float32), experts_table(torch.bfloat16), loss_table()
+    print("\n\n".join(tables))
