@@ -23,7 +23,7 @@ TODAY      := $(shell date +%F)
 # Hundreds of processes import torch and transformers, which pip has not compiled: the first one leaves the bytecode.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test test-ray test-sanitizers test-arm lint build-gpu test-gpu bench bench-gpu bench-check judge clean
+.PHONY: setup demo test test-ray test-triton test-sanitizers test-arm lint build-gpu test-gpu bench bench-gpu bench-check judge clean
 
 setup: $(BUILT)
 
@@ -61,6 +61,10 @@ test: lint
 test-ray: $(BUILT)
 	$(PIP) 'ray[data]>=2.60'
 	$(BIN)/python -m pytest -n 0 tests/adajudge/test_scoring_ray.py
+
+# Every Triton kernel for every architecture: minutes on a machine that has compiled none.
+test-triton: $(BUILT)
+	$(PYTEST) -m 'not gpu' tests/kernels/test_triton_compile.py
 
 # The C++ test of the kernels with every check, on every instruction set of this processor and with every schedule of CUDA's
 # emulated threads.

@@ -32,10 +32,10 @@ from tests.kernels.triton_compile import (
 )
 from tests.summary import note_compilation
 
-EVERYWHERE = (4096, 3, torch.bfloat16)
+USUAL = (4096, 3, torch.bfloat16)
 # Every entry of the table of steps at its narrowest and widest, K from 1 to 8, both widths of a number.
 ROWS = [
-    EVERYWHERE,
+    USUAL,
     (64, 1, torch.float32),
     (256, 8, torch.bfloat16),
     (768, 4, torch.bfloat16),
@@ -55,7 +55,18 @@ DTYPES = [  # of views and weights
     (torch.float32, torch.bfloat16),
 ]
 DOCUMENTS = Path(__file__).parents[2] / "docs"
-architectures = pytest.mark.parametrize("arch", NVIDIA)
+
+
+def everywhere(names, cases, usual):
+    """Cases of a test for every architecture. In each run: all for sm_90, on which the limits are asked, and for the others
+    the `usual` ones, among them those nearest to a limit; the rest in ``make test-triton``."""
+    found = []
+    for case in cases:
+        text = "-".join(str(x).removeprefix("torch.") for x in case)
+        for arch in NVIDIA:
+            marks = () if arch == 90 or case in usual else pytest.mark.exhaustive
+            found.append(pytest.param(*case, arch, marks=marks, id=f"{text}-sm_{arch}"))
+    return pytest.mark.parametrize((*names, "arch"), found)
 
 
 def compile_within_limits(launch, arch):
@@ -70,10 +81,9 @@ def compile_within_limits(launch, arch):
     return compiled
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"d{row[0]}-K{row[1]}-{str(row[2])[6:]}")
-@architectures
-def test_kernels_compile_without_spills_and_read_sixteen_bytes_at_once(row, arch):
-    for launch in pooling_launches(*row):
+@everywhere(("d", "depths", "dtype"), ROWS, [USUAL, ROWS[7], ROWS[10]])
+def test_kernels_compile_without_spills_and_read_sixteen_bytes_at_once(d, depths, dtype, arch):
+    for launch in pooling_launches(d, depths, dtype):
         compiled = compile_within_limits(launch, arch)
         if launch.name in ("scan", "scan_backward"):
             assert compiled.sixteen_byte_loads >= dict(launch.constants)["K"], launch
@@ -89,17 +99,21 @@ def test_passes_over_states_leave_an_h200_to_its_memory(d, operation):
     assert barriers <= (7 if operation == "multi_view_pool" else 3)  # four at a sequence's last token alone
 
 
-@pytest.mark.parametrize("size", EXPERTS, ids=lambda size: f"d{size[0]}-h{size[1]}")
-@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda dtypes: "-".join(str(x)[6:] for x in dtypes))
-@architectures
-def test_experts_compile_without_spills_and_read_weights_sixteen_bytes_at_once(size, dtypes, arch):
-    for launch in experts_launches(*size, *dtypes):
+@everywhere(
+    ("d", "h", "h_r", "dtype", "weight_dtype"),
+    [(*size, *dtypes) for size in EXPERTS for dtypes in DTYPES],
+    [(*EXPERTS[0], *dtypes) for dtypes in DTYPES[:2]],
+)
+def test_experts_compile_without_spills_and_read_weights_sixteen_bytes_at_once(
+    d, h, h_r, dtype, weight_dtype, arch
+):
+    for launch in experts_launches(d, h, h_r, dtype, weight_dtype):
         compiled = compile_within_limits(launch, arch)
-        if launch.name == "hidden_parts" and size[0] >= 1024:
+        if launch.name == "hidden_parts" and d >= 1024:
             tile = math.prod(dict(launch.constants)[name] for name in ("UNITS", "PIECES", "WIDTH"))
-            loads = tile * dtypes[1].itemsize // 16 // (32 * dict(launch.options)["num_warps"])
+            loads = tile * weight_dtype.itemsize // 16 // (32 * dict(launch.options)["num_warps"])
             assert compiled.sixteen_byte_loads >= 2 * loads  # of the view MLPs' weights, or of the router's
-        if launch.name == "view_gradients" and size[0] % 8 == 0:
+        if launch.name == "view_gradients" and d % 8 == 0:
             assert compiled.sixteen_byte_loads >= 2
 
 
@@ -109,10 +123,9 @@ def test_the_number_of_rows_compiles_nothing_anew():
     assert few == many
 
 
-@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda dtypes: "-".join(str(x)[6:] for x in dtypes))
-@architectures
-def test_the_loss_compiles_without_spills(dtypes, arch):
-    for launch in loss_launches(*dtypes):
+@everywhere(("dtype", "others"), DTYPES, DTYPES)
+def test_the_loss_compiles_without_spills(dtype, others, arch):
+    for launch in loss_launches(dtype, others):
         compile_within_limits(launch, arch)
 
 
@@ -133,11 +146,15 @@ ATTENTIONS = [
 ]
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS, ids=str)
-@architectures
-def test_attention_compiles_without_spills_onto_tensor_cores(attention, arch):
-    head_size, dtype = attention[:2]
-    launches = attention_launches(*attention)
+ATTENTION_NAMES = ("head_size", "dtype", "key_heads", "queries", "causal")
+USUAL_ATTENTIONS = [ATTENTIONS[2], ATTENTIONS[7], ATTENTIONS[11]]
+
+
+@everywhere(ATTENTION_NAMES, ATTENTIONS, USUAL_ATTENTIONS)
+def test_attention_compiles_without_spills_onto_tensor_cores(
+    head_size, dtype, key_heads, queries, causal, arch
+):
+    launches = attention_launches(head_size, dtype, key_heads, queries, causal)
     assert len(launches) == 3
     for launch in launches:
         compiled = compile_within_limits(launch, arch)
@@ -145,20 +162,21 @@ def test_attention_compiles_without_spills_onto_tensor_cores(attention, arch):
         assert (compiled.tensor_core_products > 0) == (dtype != torch.float32), launch
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS, ids=str)
-@architectures
-def test_a_mask_changes_no_rounding_of_attention(attention, arch):
+@everywhere(ATTENTION_NAMES, ATTENTIONS, USUAL_ATTENTIONS)
+def test_a_mask_changes_no_rounding_of_attention(head_size, dtype, key_heads, queries, causal, arch):
     """Whether a step has a mask depends on the tile that a query is in, so on layout and batch. Its bits must not."""
-    forward = attention_launches(*attention)[0]
+    forward = attention_launches(head_size, dtype, key_heads, queries, causal)[0]
     assert forward.name == "attention_forward"
     constants, threads = dict(forward.constants), 32 * dict(forward.options)["num_warps"]
     scores = constants["M"] * constants["N"] // threads  # a thread and step
     assert compile_launch(forward, NVIDIA[arch]).fused_exponents >= 2 * scores  # with a mask and without
 
 
-@pytest.mark.parametrize("d", [64, 1000, 4096, 16384])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@architectures
+@everywhere(
+    ("d", "dtype"),
+    [(d, dtype) for d in (64, 1000, 4096, 16384) for dtype in (torch.bfloat16, torch.float32)],
+    [(4096, torch.bfloat16), (16384, torch.float32)],
+)
 def test_norm_and_swiglu_compile_without_spills(d, dtype, arch):
     for launch in row_launches(d, dtype):
         compiled = compile_within_limits(launch, arch)
@@ -169,7 +187,7 @@ def test_norm_and_swiglu_compile_without_spills(d, dtype, arch):
 def test_kernels_compile_for_amd(target):
     experts = experts_launches(*EXPERTS[0], *DTYPES[0])
     refinement = [*attention_launches(*ATTENTIONS[2]), *row_launches(4096, torch.bfloat16)]
-    for launch in (*pooling_launches(*EVERYWHERE), *refinement, *experts, *loss_launches()):
+    for launch in (*pooling_launches(*USUAL), *refinement, *experts, *loss_launches()):
         assert compile_launch(launch, target).assembly, launch.name
         note_compilation(target.arch, f"{launch.name} {launch.constants}", 0)
 
