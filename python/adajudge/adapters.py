@@ -96,7 +96,14 @@ class Adapter:
     def trained_dtype(self) -> torch.dtype | None:
         """Dtype that the weights under it had in training; None: PEFT alone has saved it, nothing says."""
         told = self.config.adapter_base
-        return None if told is None else getattr(torch, told["dtype"])
+        if told is None:
+            return None
+        dtype = getattr(torch, told["dtype"], None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(
+                f"{self.name}: adapter_base in its config.json: dtype {told['dtype']!r} came, expected torch's"
+            )
+        return dtype
 
     def merged_into(
         self, judge: AdaJudgeForSequenceClassification, dtype: torch.dtype

@@ -99,6 +99,9 @@ class AdaJudgeConfig(PreTrainedConfig):
             raise ValueError(f"num_labels: {self.num_labels} came, expected 1: a judge gives one reward")
         if self.problem_type != "regression":
             raise ValueError(f"problem_type: {self.problem_type!r} came, expected 'regression'")
+        base = self.adapter_base
+        if base is not None and base.keys() != {"dtype", "digest"}:
+            raise ValueError(f"adapter_base: {base} came, expected dtype and digest, as training writes them")
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The part of `backbone_config` that describes the decoder of text (vocabulary, width, positions)."""

@@ -211,6 +211,17 @@ def test_a_broken_adapter_configuration_is_named(trained, tmp_path, text):
         load_judge(folder)
 
 
+def test_a_dtype_that_torch_does_not_know_is_named(trained, tmp_path):
+    folder = shutil.copytree(trained.args.output_dir, tmp_path / "adapter")
+    config = json.loads((folder / "config.json").read_text())
+    config["adapter_base"]["dtype"] = "half a byte"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"adapter: adapter_base in its config.json: dtype 'half a byte' came"
+    ):
+        load_judge(folder)
+
+
 def test_an_adapter_of_a_changed_adapter_is_refused(trained, tmp_path):
     first = shutil.copytree(trained.args.output_dir, tmp_path / "first")
     trainer = toy_trainer(add_lora(load_judge(first), r=4), tmp_path / "second", toy_rows(), max_steps=1)
