@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -95,8 +96,8 @@ def test_passes_over_states_leave_an_h200_to_its_memory(d, operation):
     """Their instructions take less time to issue than their bytes to move, and threads seldom wait for one another."""
     compiled, share = pass_over_states(d, operation)
     assert share < 0.8
-    barriers = sum(name.startswith("BAR") for name in compiled.loop)
-    assert barriers <= (7 if operation == "multi_view_pool" else 3)  # four at a sequence's last token alone
+    allowed = 7 if operation == "multi_view_pool" else 3  # four of them at a sequence's last token alone
+    assert compiled.loop.count("BAR") <= allowed
 
 
 @everywhere(
@@ -169,7 +170,11 @@ def test_a_mask_changes_no_rounding_of_attention(head_size, dtype, key_heads, qu
     assert forward.name == "attention_forward"
     constants, threads = dict(forward.constants), 32 * dict(forward.options)["num_warps"]
     scores = constants["M"] * constants["N"] // threads  # a thread and step
-    assert compile_launch(forward, NVIDIA[arch]).fused_exponents >= 2 * scores  # with a mask and without
+    compiled = compile_launch(forward, NVIDIA[arch])
+    assert compiled.fused_exponents >= 2 * scores  # with a mask and without
+    if arch != 100:  # whose compiler unrolls the loops
+        without, with_mask = (Counter(loop) for loop in compiled.loops if loop.count("MUFU") > 1)
+        assert all(without[name] == with_mask[name] for name in ("FFMA", "FADD", "HMMA", "HGMMA"))
 
 
 @everywhere(

@@ -109,16 +109,22 @@ class Compiled:
         return len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", self.assembly))
 
     @property
-    def loop(self):
-        """The instructions of the machine code's longest loop, by their names."""
+    def loops(self):
+        """The machine code's loops: the names of their instructions."""
         code = re.findall(r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ +)?([^;]+);", _dump(self.cubin, "-sass"))
         places = {int(place, 16): i for i, (place, _) in enumerate(code)}
-        loops = [[]]
+        found = []
         for i, (_, instruction) in enumerate(code):
             target = re.match(r"BRA\b.*0x([0-9a-f]+)", instruction)
-            if target and places.get(int(target[1], 16), len(code)) < i:
-                loops.append(code[places[int(target[1], 16)] : i + 1])
-        return [instruction.split()[0] for _, instruction in max(loops, key=len)]
+            start = places.get(int(target[1], 16), len(code)) if target else len(code)
+            if start < i:
+                found.append([re.split(r"[ .]", text)[0] for _, text in code[start : i + 1]])
+        return found
+
+    @property
+    def loop(self):
+        """The longest of them."""
+        return max(self.loops, key=len, default=[])
 
 
 def compile_launch(launch, target):
