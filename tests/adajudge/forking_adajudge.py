@@ -30,11 +30,10 @@ class ForkingAdajudge:
         self._server.wait()
         self._server.stdout.close()
 
-    def start(self, log, *arguments, **environment):
-        """Start a command whose output goes to the file `log`; returns its process id."""
-        return self._ask(
-            {"arguments": [str(a) for a in arguments], "log": str(log), "environment": environment}
-        )
+    def start(self, log, *arguments, folder=ROOT, **environment):
+        """Start a command in `folder`, whose output goes to the file `log`; returns its process id."""
+        request = {"arguments": [str(a) for a in arguments], "folder": str(folder)}
+        return self._ask(request | {"log": str(log), "environment": environment})
 
     def wait(self, process):
         """The exit code of a command, or minus the signal that killed it."""
@@ -48,8 +47,8 @@ class ForkingAdajudge:
         os.kill(process, signal.SIGKILL)  # it is there as long as nobody has waited for it
         return self.wait(process) == -signal.SIGKILL
 
-    def run(self, log, *arguments, **environment):
-        return self.wait(self.start(log, *arguments, **environment))
+    def run(self, log, *arguments, **how):
+        return self.wait(self.start(log, *arguments, **how))
 
     def _ask(self, request):
         self._server.stdin.write(json.dumps(request) + "\n")
@@ -83,6 +82,7 @@ def _become(request, main):
     code = 70  # of an exception
     try:
         os.environ.update(request["environment"])
+        os.chdir(request["folder"])
         log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(log, 1)
