@@ -65,7 +65,7 @@ def focal_bradley_terry(
     total = share * tl.sum(focal)
     if ENTROPY:
         squares = tl.zeros((BLOCK,), ACC)
-        share = divided(tl.full((), entropy_weight, ACC), tl.maximum(sequences, 1).to(ACC))
+        scale = divided(tl.full((), entropy_weight, ACC), tl.maximum(sequences, 1).to(ACC))
         for start in range(0, sequences, BLOCK):
             inside = start + i < sequences
             row = (start + i).to(tl.int64) * 3
@@ -80,10 +80,10 @@ def focal_bradley_terry(
                     pi = tl.load(view_weights + row + v, mask=inside, other=1.0).to(ACC)
                     tl.store(
                         grad_view_weights + row + v,
-                        2 * share * shortfall * (_log_weight(pi, TINY) + 1),
+                        2 * scale * shortfall * (_log_weight(pi, TINY) + 1),
                         mask=inside,
                     )
-        total += share * tl.sum(squares)
+        total += scale * tl.sum(squares)
     tl.store(loss, total)
 
 

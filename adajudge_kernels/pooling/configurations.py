@@ -80,7 +80,7 @@ _STEPS = {
     "scan_backward, more than 6 bytes": _Step(
         1024, 8, most_warps=8, registers=255, stages=2, in_threads=True
     ),
-    "dots": _Step(2048, 16, registers=128, in_threads=True),
+    "dots": _Step(2048, 16, registers=128),
     "sums": _Step(4096, 32, stages=3, in_threads=True),
     "spread_means": _Step(4096, 16),
     "spread_attention": _Step(2048, 8, 8),

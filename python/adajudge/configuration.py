@@ -100,8 +100,10 @@ class AdaJudgeConfig(PreTrainedConfig):
         if self.problem_type != "regression":
             raise ValueError(f"problem_type: {self.problem_type!r} came, expected 'regression'")
         base = self.adapter_base
-        if base is not None and base.keys() != {"dtype", "digest"}:
-            raise ValueError(f"adapter_base: {base} came, expected dtype and digest, as training writes them")
+        if base is not None and (not isinstance(base, dict) or base.keys() != {"dtype", "digest"}):
+            raise ValueError(
+                f"adapter_base: {base!r} came, expected dtype and digest, as training writes them"
+            )
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The part of `backbone_config` that describes the decoder of text (vocabulary, width, positions)."""

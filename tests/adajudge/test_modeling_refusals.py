@@ -412,6 +412,7 @@ def test_checkpointing_recomputes_backbone_and_head_blocks(saved):
         ({"problem_type": "single_label_classification"}, "problem_type"),
         ({"turn_boundary": {"assistant_header_ids": []}}, "assistant_header_ids"),
         ({"adapter_base": {"dtype": "bfloat16"}}, "adapter_base: .* expected dtype and digest"),
+        ({"adapter_base": "bfloat16"}, "adapter_base: 'bfloat16' came, expected dtype and digest"),
     ],
 )
 def test_a_configuration_that_makes_no_sense_is_refused(values, message):

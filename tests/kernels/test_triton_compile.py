@@ -34,6 +34,7 @@ from tests.kernels.triton_compile import (
 from tests.summary import note_compilation
 
 USUAL = (4096, 3, torch.bfloat16)
+WIDE, MANY_STATES = (4096, 4, torch.float32), (1536, 8, torch.bfloat16)  # with little room in registers
 # Every entry of the table of steps at its narrowest and widest, K from 1 to 8, both widths of a number.
 ROWS = [
     USUAL,
@@ -41,9 +42,9 @@ ROWS = [
     (256, 8, torch.bfloat16),
     (768, 4, torch.bfloat16),
     (1024, 2, torch.float32),
-    (1536, 8, torch.bfloat16),
+    MANY_STATES,
     (2560, 3, torch.bfloat16),
-    (4096, 4, torch.float32),
+    WIDE,
     (4096, 8, torch.bfloat16),
     (8192, 3, torch.bfloat16),
     (16384, 8, torch.bfloat16),
@@ -60,7 +61,7 @@ DOCUMENTS = Path(__file__).parents[2] / "docs"
 
 def everywhere(names, cases, usual):
     """Cases of a test for every architecture. In each run: all for sm_90, on which the limits are asked, and for the others
-    the `usual` ones, among them those nearest to a limit; the rest in ``make test-triton``."""
+    the `usual` ones and those with the least room; the rest in ``make test-triton``."""
     found = []
     for case in cases:
         text = "-".join(str(x).removeprefix("torch.") for x in case)
@@ -82,7 +83,7 @@ def compile_within_limits(launch, arch):
     return compiled
 
 
-@everywhere(("d", "depths", "dtype"), ROWS, [USUAL, ROWS[7], ROWS[10]])
+@everywhere(("d", "depths", "dtype"), ROWS, [USUAL, WIDE, MANY_STATES])
 def test_kernels_compile_without_spills_and_read_sixteen_bytes_at_once(d, depths, dtype, arch):
     for launch in pooling_launches(d, depths, dtype):
         compiled = compile_within_limits(launch, arch)
@@ -132,25 +133,26 @@ def test_the_loss_compiles_without_spills(dtype, others, arch):
 
 
 # Head size, dtype, heads of keys (of 8), which queries, causal.
-ATTENTIONS = [
+ATTENTION_NAMES = ("head_size", "dtype", "key_heads", "queries", "causal")
+USUAL_ATTENTION = (128, torch.bfloat16, 8, "all", True)
+TIGHT_ATTENTIONS = [  # in registers
     (64, torch.bfloat16, 2, "response", True),
-    (128, torch.bfloat16, 8, "all", True),
+    (80, torch.bfloat16, 1, "all", True),
+    (128, torch.float32, 8, "response", True),
+]
+ATTENTIONS = [
+    USUAL_ATTENTION,
+    *TIGHT_ATTENTIONS,
     (128, torch.float16, 8, "all", False),
     (128, torch.bfloat16, 4, "response", True),
-    (80, torch.bfloat16, 1, "all", True),
     (256, torch.bfloat16, 2, "response", True),
     (16, torch.bfloat16, 8, "all", True),
     (64, torch.float32, 2, "all", True),
-    (128, torch.float32, 8, "response", True),
     (256, torch.float32, 4, "all", True),
 ]
 
 
-ATTENTION_NAMES = ("head_size", "dtype", "key_heads", "queries", "causal")
-USUAL_ATTENTIONS = [ATTENTIONS[1], ATTENTIONS[5], ATTENTIONS[9]]
-
-
-@everywhere(ATTENTION_NAMES, ATTENTIONS, USUAL_ATTENTIONS)
+@everywhere(ATTENTION_NAMES, ATTENTIONS, [USUAL_ATTENTION, *TIGHT_ATTENTIONS])
 def test_attention_compiles_without_spills_onto_tensor_cores(
     head_size, dtype, key_heads, queries, causal, arch
 ):
@@ -162,7 +164,7 @@ def test_attention_compiles_without_spills_onto_tensor_cores(
         assert (compiled.tensor_core_products > 0) == (dtype != torch.float32), launch
 
 
-@everywhere(ATTENTION_NAMES, ATTENTIONS, USUAL_ATTENTIONS)
+@everywhere(ATTENTION_NAMES, ATTENTIONS, [USUAL_ATTENTION, *TIGHT_ATTENTIONS])
 def test_a_mask_changes_no_rounding_of_attention(head_size, dtype, key_heads, queries, causal, arch):
     """Whether a step has a mask depends on the tile that a query is in, so on layout and batch. Its bits must not."""
     forward = attention_launches(head_size, dtype, key_heads, queries, causal)[0]
@@ -190,7 +192,7 @@ def test_norm_and_swiglu_compile_without_spills(d, dtype, arch):
 @pytest.mark.parametrize("target", AMD.values(), ids=AMD)
 def test_kernels_compile_for_amd(target):
     experts = experts_launches(*EXPERTS[0], *DTYPES[0])
-    refinement = [*attention_launches(*ATTENTIONS[1]), *row_launches(4096, torch.bfloat16)]
+    refinement = [*attention_launches(*USUAL_ATTENTION), *row_launches(4096, torch.bfloat16)]
     for launch in (*pooling_launches(*USUAL), *refinement, *experts, *loss_launches()):
         assert compile_launch(launch, target).assembly, launch.name
         note_compilation(target.arch, f"{launch.name} {launch.constants}", 0)

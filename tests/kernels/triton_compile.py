@@ -124,7 +124,7 @@ class Compiled:
     @property
     def loop(self):
         """The longest of them."""
-        return max(self.loops, key=len, default=[])
+        return max(self.loops, key=len)
 
 
 def compile_launch(launch, target):
