@@ -64,19 +64,26 @@ __device__ int lane_sums(A* x) {
 template <class A, int count, int MOST_WARPS = 32>
 struct BlockSums {
     static_assert(count <= WARP);
+    static constexpr int LANES = WARP / count;  // that form one of the sums together
     A parts[2][MOST_WARPS][count];
 
     __device__ void sum(A (&x)[count], int turn) {
         const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-        const int number = lane_sums<1, count>(x);
+        const int number = lane_sums<1, count>(x);  // lane / LANES
         auto& buffer = parts[turn % 2];
-        if (lane % (WARP / count) == 0) buffer[warp][number] = x[0];
+        if (lane % LANES == 0) buffer[warp][number] = x[0];
         __syncthreads();
+        // Every warp adds all warps' parts: a lane some of them, then lanes theirs, in fewer instructions than a thread alone.
+        A sum = 0;
 #pragma unroll
-        for (int i = 0; i < count; ++i) x[i] = buffer[0][i];
-        for (int other = 1; other < warps; ++other)
+        for (int first = 0; first < MOST_WARPS; first += LANES) {
+            const int other = first + lane % LANES;
+            if (other < warps) sum += buffer[other][number];
+        }
 #pragma unroll
-            for (int i = 0; i < count; ++i) x[i] += buffer[other][i];
+        for (int distance = LANES / 2; distance; distance /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, distance);
+#pragma unroll
+        for (int i = 0; i < count; ++i) x[i] = __shfl_sync(ALL_LANES, sum, i * LANES);
     }
 };
 

@@ -34,6 +34,13 @@ struct StoredStates {
         for (int v = 0; v < C / W; ++v) of[k][v].widen(to + v * W);
     }
 
+    __device__ void widen_anew() {
+#pragma unroll
+        for (int k = 0; k < K; ++k)
+#pragma unroll
+            for (int v = 0; v < C / W; ++v) of[k][v].widen_anew();
+    }
+
     // h = sum_k alpha_k H_k
     __device__ void mix(const A (&alpha)[K], A (&h)[C]) const {
         widen(0, h);
@@ -134,7 +141,8 @@ __device__ void scan_chunk(const ScanArguments<T>& call) {
         }
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
-            states[t].mix(alpha, h[t]);
+            if constexpr (VIEWS) states[t].mix(alpha, h[t]);
+            else states[t].widen(0, h[t]);
             if (VIEWS && step + t == last)
                 columns.store(call.last + chunk.sequence_index * d, h[t]);
         }
@@ -173,17 +181,17 @@ __device__ void scan_chunk(const ScanArguments<T>& call) {
                 weighted[c] = multiply_add(weighted[c], rescale, sum);
             }
         }
+        const auto add = [&](A (&sums)[C], bool to_responses) {
 #pragma unroll
-        for (int c = 0; c < C; ++c) {
-            A prompt_sum = 0, response_sum = 0;
+            for (int c = 0; c < C; ++c) {
+                A sum = response[0] == to_responses ? h[0][c] : A(0);
 #pragma unroll
-            for (int t = 0; t < TOKENS; ++t) {
-                response_sum += response[t] ? h[t][c] : A(0);
-                if constexpr (!VIEWS) prompt_sum += response[t] ? A(0) : h[t][c];
+                for (int t = 1; t < TOKENS; ++t) sum += response[t] == to_responses ? h[t][c] : A(0);
+                sums[c] += sum;
             }
-            responses[c] += response_sum;
-            prompts[c] += prompt_sum;
-        }
+        };
+        if (call.response_sums) add(responses, true);
+        if (!VIEWS && call.prompt_sums) add(prompts, false);
         if constexpr (RING && !VIEWS) {
             __syncthreads();
             ask(step + call.stages * TOKENS);

@@ -112,12 +112,14 @@ __device__ void scan_chunk_backward(const ScanBackwardArguments<T>& call) {
         }
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
+            states[t].widen_anew();
             const A beta = seen[t] ? exp(dots[2 * t] + bias - log_sum_exp) : A(0);
             const A grad_logit = seen[t] ? beta * dots[2 * t + 1] : A(0);
             A g[C];
 #pragma unroll
             for (int c = 0; c < C; ++c) {
-                g[c] = (response[t] ? grad_mean[c] : A(0)) + (seen[t] ? multiply_add(beta, grad[c], grad_logit * w[c]) : A(0));
+                g[c] = seen[t] ? multiply_add(beta, grad[c], grad_logit * w[c]) : A(0);
+                if (response[t]) g[c] += grad_mean[c];
                 if (seen[t]) grad_weight[c] = multiply_add(grad_logit, centred[t][c], grad_weight[c]);
             }
             if (step + t == last) {

@@ -56,10 +56,25 @@ struct Stored {
     }
 
     __device__ void widen(arithmetic<T>* to) const {
-        T numbers[W];
-        memcpy(numbers, &bits, sizeof bits);
+        if constexpr (std::is_same_v<T, bf16> && W > 1) {  // the upper half of a float: an instruction each
+            uint32_t pairs[W / 2];
+            memcpy(pairs, &bits, sizeof bits);
 #pragma unroll
-        for (int n = 0; n < W; ++n) to[n] = widened(numbers[n]);
+            for (int n = 0; n < W; n += 2) {
+                to[n] = __uint_as_float(pairs[n / 2] << 16);
+                to[n + 1] = __uint_as_float(pairs[n / 2] & 0xffff0000);
+            }
+        } else {
+            T numbers[W];
+            memcpy(numbers, &bits, sizeof bits);
+#pragma unroll
+            for (int n = 0; n < W; ++n) to[n] = widened(numbers[n]);
+        }
+    }
+
+    // No instruction: what was widened before is not taken for what is widened after, and so not kept in registers meanwhile.
+    __device__ void widen_anew() {
+        if constexpr (W > 1) asm volatile("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w));
     }
 };
 

@@ -8,11 +8,14 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from adajudge_kernels import compiled
+from tests import machine_code
+
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 # Of a multiprocessor of sm_90.
-REGISTERS, MOST_THREADS = 65536, 2048
+REGISTERS, MOST_THREADS, WARP = 65536, 2048, 32
 SHARED_OF_BLOCK, SHARED_OF_MULTIPROCESSOR, SHARED_RESERVED = 227 << 10, 228 << 10, 1 << 10
 # csrc/pooling_plans.cuh; what a block has beside its ring, at most.
 MOST_SCAN_THREADS, MOST_STAGES, SHARED_OF_SUMS = 512, 8, 2 << 10
@@ -160,6 +163,27 @@ def of_variant(kernel, arguments):
     return {found.arch: found for found in kernels() if pattern in found.name}
 
 
+@cache
+def sass():
+    """The machine code of the built module for sm_90, by kernel."""
+    functions = machine_code.dump(compiled.module.__file__, "-sass", "-arch", "sm_90").split("Function : ")
+    return {function.split("\n", 1)[0].strip(): function for function in functions[1:]}
+
+
+def issue_slots(variant):
+    """The share of an H200's that a variant takes while a step's bytes are moved. Of the kernel's longest loop, without what
+    one thread asks the copy engine for."""
+    kernel = machine_code.instructions(sass()[of_variant(variant.kernel, variant.arguments)["sm_90"].name])
+    loop = max(machine_code.loops(kernel), key=lambda found: found.stop - found.start)
+    count = loop.stop - loop.start
+    copies = [i for i in range(loop.start, loop.stop) if kernel[i].name == "UBLKCP"]
+    if copies:
+        around = max(i for i in range(loop.start, copies[0]) if (kernel[i].target or 0) > copies[-1])
+        count -= kernel[around].target - around - 1
+    moved = variant.step_bytes * (2 if variant.kernel.endswith("backward") else 1)
+    return machine_code.issue_slots(count * variant.threads / WARP, moved)
+
+
 def rows_table(head, rows):
     """Markdown."""
     lines = [head, ["---"] * len(head), *rows]
@@ -168,7 +192,16 @@ def rows_table(head, rows):
 
 def scans_table():
     """Markdown: the kernels that read the states, and what they keep under way."""
-    head = ["kernel", "for", "threads", "tokens at a time", *ARCHITECTURES, "blocks", "KiB under way"]
+    head = [
+        "kernel",
+        "for",
+        "threads",
+        "tokens at a time",
+        *ARCHITECTURES,
+        "blocks",
+        "KiB under way",
+        "slots",
+    ]
     rows = []
     for variant in VARIANTS:
         found = of_variant(variant.kernel, variant.arguments)
@@ -186,6 +219,7 @@ def scans_table():
                 *of_archs,
                 blocks,
                 under_way,
+                f"{100 * issue_slots(variant):.0f} %",
             ]
         )
     return rows_table(head, rows)
@@ -194,7 +228,7 @@ def scans_table():
 def rings_table():
     """Markdown: those that read the states by the copy engine."""
     archs = ARCHITECTURES[1:3]
-    head = ["kernel", "for", "threads", "tokens", "stages", *archs, "blocks", "KiB under way"]
+    head = ["kernel", "for", "threads", "tokens", "stages", *archs, "blocks", "KiB under way", "slots"]
     rows = []
     for variant in RINGS:
         found = of_variant(variant.kernel, variant.arguments)
@@ -211,6 +245,7 @@ def rings_table():
                 *of_archs,
                 blocks,
                 under_way,
+                f"{100 * issue_slots(variant):.0f} %",
             ]
         )
     return rows_table(head, rows)

@@ -53,6 +53,10 @@ def asked_before(file: str, barrier: str, source: str) -> Mutation:
 MUTATIONS = {
     "no barrier in a block's sum": without("block.cuh", "        __syncthreads();\n", width="264"),
     "one buffer for two turns": Mutation("block.cuh", "parts[turn % 2]", "parts[0]", width="264"),
+    "a warp too few in a block's sum": Mutation(
+        "block.cuh", "if (other < warps)", "if (other + 1 < warps)", width="264"
+    ),
+    "a block's first sum taken for all": Mutation("block.cuh", "i * LANES", "0", width="264"),
     "a lane too few in a warp's sum": Mutation(
         "block.cuh",
         "distance = WARP / 2; distance; distance /= 2) x +=",
@@ -83,7 +87,7 @@ MUTATIONS = {
         beyond=True,
     ),
     "prompt tokens in the response mean": Mutation(
-        "pooling.cuh", "response_sum += response[t] ? h[t][c] : A(0);", "response_sum += h[t][c];"
+        "pooling.cuh", "response_sum = response[0] ? h[0][c] : A(0);", "response_sum = h[0][c];"
     ),
     "a response's first token without a gradient": Mutation(
         "pooling_backward.cuh",

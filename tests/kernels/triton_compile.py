@@ -1,7 +1,6 @@
 """What the Triton backend would launch, recorded without a GPU, and compiled for real for any architecture."""
 
 import re
-import subprocess
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from adajudge_kernels.experts import triton as experts
 from adajudge_kernels.loss import triton as loss
 from adajudge_kernels.pooling import triton as pooling
 from adajudge_kernels.refinement import triton as refinement
+from tests import machine_code
 
 TRITON_VERSION = triton.__version__
 NVIDIA = {arch: GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)}
@@ -111,15 +111,9 @@ class Compiled:
     @property
     def loops(self):
         """The machine code's loops: the names of their instructions."""
-        code = re.findall(r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ +)?([^;]+);", _dump(self.cubin, "-sass"))
-        places = {int(place, 16): i for i, (place, _) in enumerate(code)}
-        found = []
-        for i, (_, instruction) in enumerate(code):
-            target = re.match(r"BRA\b.*0x([0-9a-f]+)", instruction)
-            start = places.get(int(target[1], 16), len(code)) if target else len(code)
-            if start < i:
-                found.append([re.split(r"[ .]", text)[0] for _, text in code[start : i + 1]])
-        return found
+        with _file(self.cubin) as path:
+            kernel = machine_code.instructions(machine_code.dump(path, "-sass"))
+        return [[x.name for x in kernel[loop]] for loop in machine_code.loops(kernel)]
 
     @property
     def loop(self):
@@ -152,17 +146,18 @@ def compile_launch(launch, target):
     if target.backend != "cuda":
         return Compiled(0, 0, kernel.metadata.shared, kernel.asm["amdgcn"])
     cubin = kernel.asm["cubin"]
-    text = _dump(cubin, "--dump-resource-usage")
+    with _file(cubin) as path:
+        text = machine_code.dump(path, "--dump-resource-usage")
     registers, stack = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
     return Compiled(registers, stack, kernel.metadata.shared, kernel.asm["ptx"], cubin)
 
 
-def _dump(cubin, what):
+@contextmanager
+def _file(cubin):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, what, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        yield file.name
 
 
 def pooling_launches(d, depths, dtype):
@@ -299,8 +294,6 @@ PASSES = {  # over the states: constants that tell them from the kernels' other 
     "its backward": ("scan_backward", {"VIEWS": True, "SHARED": False}),
     "depth_gate": ("scan", {"PROMPT_SUM": True, "RESPONSE_SUM": True}),
 }
-H200_BYTES_A_CYCLE = 4.3e12 / (132 * 1.98e9)  # that an SM moves at the bandwidth of a copy
-ISSUED_A_CYCLE = 4  # warp instructions
 
 
 def pass_over_states(d, operation):
@@ -316,7 +309,7 @@ def pass_over_states(d, operation):
     moved = constants["K"] * constants["TOKENS"] * min(d, constants["BLOCK"]) * torch.bfloat16.itemsize
     moved *= 2 if kernel == "scan_backward" else 1
     instructions = len(compiled.loop) * dict(launch.options)["num_warps"]
-    return compiled, instructions / moved * H200_BYTES_A_CYCLE / ISSUED_A_CYCLE
+    return compiled, machine_code.issue_slots(instructions, moved)
 
 
 def instructions_table():

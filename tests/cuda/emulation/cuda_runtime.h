@@ -97,6 +97,16 @@ template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
     return emulation::exchanged(value, emulation::lane() ^ mask);
 }
+template <class T>
+T __shfl_sync(unsigned, T value, int from) {
+    return emulation::exchanged(value, from);
+}
+
+inline float __uint_as_float(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
 
 using std::exp;
 using std::fma;
