@@ -10,7 +10,7 @@ ISSUED_A_CYCLE = 4  # warp instructions
 
 
 class Instruction(NamedTuple):
-    """Of a kernel: its name, and where it goes if it is a branch under a condition."""
+    """Of a kernel: its name, and where it goes if it is a branch."""
 
     name: str
     target: int | None
@@ -26,11 +26,11 @@ def dump(path, *options):
 
 def instructions(code):
     """Of a kernel, in their order; targets are places in this list."""
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/ +(@!?U?P\w+ +)?([^;]+);", code)
-    places = {int(place, 16): i for i, (place, _, _) in enumerate(lines)}
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ +)?([^;]+);", code)
+    places = {int(place, 16): i for i, (place, _) in enumerate(lines)}
     found = []
-    for _, condition, text in lines:
-        branch = re.match(r"BRA\b.*0x([0-9a-f]+)", text) if condition else None
+    for _, text in lines:
+        branch = re.match(r"BRA\b.*0x([0-9a-f]+)", text)
         found.append(
             Instruction(re.split(r"[ .]", text)[0], places.get(int(branch[1], 16)) if branch else None)
         )
@@ -38,8 +38,12 @@ def instructions(code):
 
 
 def loops(kernel):
-    """Slices of a kernel's instructions: what lies between a branch back and where it goes."""
-    return [slice(x.target, i + 1) for i, x in enumerate(kernel) if x.target is not None and x.target <= i]
+    """Slices of a kernel's instructions: what lies between a branch back and where it goes. What stands after its end is no
+    loop, but what a compiler has put out of the way, as waiting once more for a barrier."""
+    end = max(i for i, x in enumerate(kernel) if x.name == "EXIT")
+    return [
+        slice(x.target, i + 1) for i, x in enumerate(kernel[:end]) if x.target is not None and x.target <= i
+    ]
 
 
 def issue_slots(count, moved):

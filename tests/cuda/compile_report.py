@@ -59,6 +59,7 @@ class Variant(NamedTuple):
     columns: int  # of a thread
     depths: int
     features: int
+    means: bool = False  # sums of one state, not the views
 
     @property
     def ring(self):
@@ -72,12 +73,13 @@ class Variant(NamedTuple):
     def arguments(self):
         """Of the template, mangled."""
         mangled = {"bf16": "13__nv_bfloat16", "fp32": "f"}[self.dtype]
-        views = "" if self.kernel.endswith("backward") else "Lb1E"
+        views = "" if self.kernel.endswith("backward") else f"Lb{int(not self.means)}E"
         return f"{mangled}Li{16 // self.size}ELi{self.columns}ELi{self.depths}E{views}"
 
     @property
     def use(self):
-        return f"{self.dtype}, d = {self.features}, K = {self.depths}"
+        of = "means" if self.means else f"K = {self.depths}"
+        return f"{self.dtype}, d = {self.features}, {of}"
 
     @property
     def threads(self):
@@ -108,6 +110,7 @@ class Variant(NamedTuple):
 
 
 VARIANTS = [
+    Variant("scan", "bf16", 8, 1, 4096, means=True),
     Variant("scan", "bf16", 8, 1, 4096),
     Variant("scan", "bf16", 8, 2, 4096),
     Variant("scan", "bf16", 8, 3, 4096),
@@ -121,6 +124,7 @@ VARIANTS = [
     Variant("scan_backward", "fp32", 8, 3, 4096),
 ]
 RINGS = [
+    Variant("ring_scan", "bf16", 16, 1, 4096, means=True),
     Variant("ring_scan", "bf16", 16, 1, 4096),
     Variant("ring_scan", "bf16", 16, 3, 1024),
     Variant("ring_scan", "bf16", 16, 3, 4096),

@@ -87,7 +87,7 @@ MUTATIONS = {
         beyond=True,
     ),
     "prompt tokens in the response mean": Mutation(
-        "pooling.cuh", "response_sum = response[0] ? h[0][c] : A(0);", "response_sum = h[0][c];"
+        "pooling.cuh", "A sum = response[0] == to_responses ? h[0][c] : A(0);", "A sum = h[0][c];"
     ),
     "a response's first token without a gradient": Mutation(
         "pooling_backward.cuh",
