@@ -2,29 +2,30 @@
 load. Without nvcc nothing was compiled, and there is nothing to look at."""
 
 import re
-import subprocess
-from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 import native_build
 from adajudge_kernels import compiled
-from tests.cuda.compile_report import ARCHITECTURES, ROOT, kernels, others_table, rings_table, scans_table
+from tests import machine_code
+from tests.cuda.compile_report import (
+    ARCHITECTURES,
+    ROOT,
+    kernels,
+    others_table,
+    rings_table,
+    sass,
+    scans_table,
+)
 from tests.summary import note_compilation
 
 if compiled.module is None or not compiled.module.with_cuda or compiled.module.emulated:
     pytest.skip("the compiled module holds no CUDA kernels", allow_module_level=True)
-
-
-@cache
-def sass():
-    """The machine code of the module for sm_90, by kernel."""
-    triton = pytest.importorskip("triton")
-    command = [triton.knobs.nvidia.cuobjdump.path, "-sass", "-arch", "sm_90", compiled.module.__file__]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    functions = text.split("Function : ")[1:]
-    return {function.split("\n", 1)[0].strip(): function for function in functions}
+reads_machine_code = pytest.mark.skipif(
+    find_spec("triton") is None, reason="it is read with triton's cuobjdump"
+)
 
 
 def named(names, kernel):
@@ -47,19 +48,18 @@ def test_every_architecture_has_every_kernel():
     assert len({frozenset(names) for names in by_arch.values()}) == 1
 
 
+@reads_machine_code
 def test_module_holds_the_architectures_and_stays_small():
-    triton = pytest.importorskip("triton")
-    dump = triton.knobs.nvidia.cuobjdump.path
     module = Path(compiled.module.__file__)
     for option, expected in (
         ("--list-elf", set(ARCHITECTURES)),
         ("--list-ptx", {"sm_120"}),
     ):
-        text = subprocess.run([dump, option, module], capture_output=True, text=True, check=True).stdout
-        assert set(re.findall(r"sm_\d+", text)) == expected
+        assert set(re.findall(r"sm_\d+", machine_code.dump(module, option))) == expected
     assert module.stat().st_size < 20e6
 
 
+@reads_machine_code
 @pytest.mark.parametrize(
     "kernel", ["scan", "scan_backward", "dots", "spread_means", "spread_attention", "zero_padding"]
 )
@@ -90,6 +90,7 @@ def loads_under_way(code):
     return most
 
 
+@reads_machine_code
 @pytest.mark.parametrize(
     ("kernel", "variant", "loads"),
     [
@@ -107,6 +108,7 @@ def test_loads_do_not_wait_for_one_another(kernel, variant, loads):
     assert loads_under_way(sass()[name]) >= loads
 
 
+@reads_machine_code
 @pytest.mark.parametrize("kernel", ["ring_scan", "ring_scan_backward"])
 def test_rings_are_filled_by_the_copy_engine(kernel):
     """A bulk copy for each of a step's rows, and sixteen bytes at a time from shared memory."""
@@ -117,6 +119,7 @@ def test_rings_are_filled_by_the_copy_engine(kernel):
         assert "LDS.128" in sass()[name], name
 
 
+@reads_machine_code
 def test_the_document_says_what_the_compiler_says():
     nvcc, _ = native_build.find_nvcc()
     if nvcc is None or "release 13.0" not in native_build.output_of([nvcc, "--version"]):
