@@ -95,8 +95,10 @@ void depth_weights(const DepthWeights& call, const Stream& stream) {
         const GateArguments<A> arguments{int(call.features), int(call.depths), static_cast<const A*>(call.context),
                                          static_cast<const A*>(call.weight), static_cast<const A*>(call.bias),
                                          static_cast<A*>(call.alpha)};
-        launch(stream, "depth_weights", dim3(unsigned(call.num_sequences)), MAX_DEPTHS * WARP, MAX_DEPTHS * sizeof(A),
-               gate<A>, arguments);
+        with_vectors<A>(call.features, [&](auto width) {
+            launch(stream, "depth_weights", dim3(unsigned(call.num_sequences)), GATE_THREADS, sizeof(GateSums<A>), gate<A, width>,
+                   arguments);
+        });
     });
 }
 

@@ -330,23 +330,41 @@ struct GateArguments {
     A* alpha;                          // [B, K]
 };
 
-// alpha = softmax(W c + b): a warp for each logit. Grid (B).
+constexpr int GATE_THREADS = 256;
 template <class A>
-__global__ void __launch_bounds__(MAX_DEPTHS * WARP, 1) gate(GateArguments<A> call) {
-    A* logits = static_cast<A*>(shared_memory());
+using GateSums = BlockSums<A, MAX_DEPTHS, GATE_THREADS / WARP>;
+
+// alpha = softmax(W c + b). Grid (B).
+template <class A, int W>
+__global__ void __launch_bounds__(GATE_THREADS, 1) gate(GateArguments<A> call) {
     const int64_t b = blockIdx.x, d = call.features;
-    const int k = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    if (k < call.depths) {
-        A logit = 0;
-        for (int64_t j = lane; j < d; j += WARP) logit = multiply_add(call.weight[k * d + j], call.context[b * d + j], logit);
-        logit = warp_sum(logit);
-        if (lane == 0) logits[k] = logit + call.bias[k];
+    A logits[MAX_DEPTHS] = {};
+#pragma unroll 2
+    for (int64_t j = threadIdx.x * W; j < d; j += GATE_THREADS * W) {
+        A context[W], weight[W];
+        Stored<A, W> rows[MAX_DEPTHS];  // all on their way at once
+#pragma unroll
+        for (int k = 0; k < MAX_DEPTHS; ++k) rows[k] = Stored<A, W>::load(call.weight + k * d + j, k < call.depths);
+        load<W>(call.context + b * d + j, context);
+#pragma unroll
+        for (int k = 0; k < MAX_DEPTHS; ++k) {
+            rows[k].widen(weight);
+#pragma unroll
+            for (int n = 0; n < W; ++n) logits[k] = multiply_add(weight[n], context[n], logits[k]);
+        }
     }
-    __syncthreads();
-    A top = logits[0], total = 0;
-    for (int i = 1; i < call.depths; ++i) top = larger(top, logits[i]);
-    for (int i = 0; i < call.depths; ++i) total += exp(logits[i] - top);
-    if (int(threadIdx.x) < call.depths) call.alpha[b * call.depths + threadIdx.x] = exp(logits[threadIdx.x] - top) / total;
+    static_cast<GateSums<A>*>(shared_memory())->sum(logits, 0);
+    A top = -INFINITE<A>, total = 0;
+#pragma unroll
+    for (int k = 0; k < MAX_DEPTHS; ++k) {
+        logits[k] = k < call.depths ? logits[k] + call.bias[k] : -INFINITE<A>;
+        top = larger(top, logits[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < MAX_DEPTHS; ++k) total += logits[k] = exp(logits[k] - top);
+#pragma unroll
+    for (int k = 0; k < MAX_DEPTHS; ++k)
+        if (int(threadIdx.x) == k && k < call.depths) call.alpha[b * call.depths + k] = logits[k] / total;
 }
 
 // -- Rows that no block holds whole ---------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ RINGS = [
 # Kernel, template arguments (mangled), threads of a block.
 OTHERS = {
     ("combine", "fLi4E"): 256,
-    ("gate", "f"): 256,
+    ("gate", "fLi4E"): 256,
     ("dots", "13__nv_bfloat16Li8E"): 256,
     ("spread_means", "13__nv_bfloat16Li8E"): 128,
     ("spread_attention", "13__nv_bfloat16Li8E"): 128,

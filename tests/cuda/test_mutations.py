@@ -65,10 +65,8 @@ MUTATIONS = {
     "no barrier between sums of rows": without(
         "pooling.cuh", "    __syncthreads();  // `parts` may still be read from the sum before\n"
     ),
-    "no barrier before the softmax of depths": Mutation(
-        "pooling.cuh",
-        "    }\n    __syncthreads();\n    A top = logits[0]",
-        "    }\n    A top = logits[0]",
+    "a depth too many in the softmax": Mutation(
+        "pooling.cuh", "logits[k] = k < call.depths ?", "logits[k] = k <= call.depths ?", beyond=True
     ),
     "no guard at a row's end, loading": Mutation(
         "vectors.cuh", "            if (inside(v)) {\n", "            if (true) {\n", beyond=True
