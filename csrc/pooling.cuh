@@ -16,6 +16,9 @@ constexpr int SCAN_THREADS = W > 1 && K < MAX_DEPTHS ? 512 : 256;
 template <class A>
 constexpr A INFINITE = A(INFINITY);
 
+// What a pass over the states is for: the means of one state, its attention view, or all views of a mixture of K.
+enum class Pass { means, attention, views };
+
 // One token's K states in the columns of a thread, as they are stored; K = MAX_DEPTHS stands for any number of states.
 template <class T, int W, int C, int K>
 struct StoredStates {
@@ -56,6 +59,7 @@ struct StoredStates {
     }
 };
 
+// A sequence's alpha_k; for a state as it is (alpha null), 1.
 template <int K, class A>
 __device__ void load_depth_weights(const A* alpha, int64_t sequence, int depths, A (&to)[K]) {
 #pragma unroll
@@ -69,10 +73,10 @@ struct ScanArguments {
     int features, depths;
     bool reads_prompts, reads_responses;  // no other token's states are loaded
     Tensors<const T> states;
-    const A *alpha, *weight, *bias;  // alpha null: the first state as it is
+    const A *alpha, *weight, *bias;
     const A* logits;                 // [N * CHUNK_TOKENS] of rows that no block holds whole, else null
     int stages;                      // of `ring_scan`
-    A* last;                         // [B, d] or null
+    A* last;                         // [B, d]
     A *prompt_sums, *response_sums;  // [N, d], null where nobody wants them
     A *weighted, *tops, *totals;     // [N, d], [N], [N]: sum of exp(logit - top) h, top, sum of exp(logit - top)
 };
@@ -94,11 +98,12 @@ struct alignas(16) ScanShared {
     int8_t roles[CHUNK_TOKENS];
 };
 
-template <class T, int W, int C, int K, bool VIEWS, bool RING>
+template <class T, int W, int C, int K, Pass PASS, bool RING>
 __device__ void scan_chunk(const ScanArguments<T>& call) {
     using A = arithmetic<T>;
     using Shared = ScanShared<T, W, C, K, RING>;
     constexpr int TOKENS = Shared::TOKENS;
+    constexpr bool VIEWS = PASS == Pass::views, ATTENDS = PASS != Pass::means;
     auto& shared = *static_cast<Shared*>(shared_memory());
     const int64_t index = blockIdx.x, d = call.features;
     const Chunk chunk = chunk_at(call.layout, index);
@@ -117,10 +122,10 @@ __device__ void scan_chunk(const ScanArguments<T>& call) {
     };
     if constexpr (RING)
         for (int stage = 0; stage < call.stages; ++stage) ask(stage * TOKENS);
-    const int last = call.last ? s.position(s.last_response) - chunk.begin : -1;  // of the chunk's tokens, if it is one
+    const int last = s.position(s.last_response) - chunk.begin;  // of the chunk's tokens, if it is one
     A alpha[K], w[C], bias = 0;
-    load_depth_weights<K>(call.alpha, chunk.sequence_index, call.depths, alpha);
-    if constexpr (VIEWS) {
+    if constexpr (VIEWS) load_depth_weights<K>(call.alpha, chunk.sequence_index, call.depths, alpha);
+    if constexpr (ATTENDS) {
         columns.load(call.weight, w);
         bias = *call.bias;
     }
@@ -146,7 +151,7 @@ __device__ void scan_chunk(const ScanArguments<T>& call) {
             if (VIEWS && step + t == last)
                 columns.store(call.last + chunk.sequence_index * d, h[t]);
         }
-        if constexpr (VIEWS) {
+        if constexpr (ATTENDS) {
             if (!RING && call.logits) {
 #pragma unroll
                 for (int t = 0; t < TOKENS; ++t) logits[t] = seen[t] ? call.logits[index * CHUNK_TOKENS + step + t] : A(0);
@@ -190,15 +195,15 @@ __device__ void scan_chunk(const ScanArguments<T>& call) {
                 sums[c] += sum;
             }
         };
-        if (call.response_sums) add(responses, true);
-        if (!VIEWS && call.prompt_sums) add(prompts, false);
-        if constexpr (RING && !VIEWS) {
+        if (PASS != Pass::attention && call.response_sums) add(responses, true);
+        if (!ATTENDS && call.prompt_sums) add(prompts, false);
+        if constexpr (RING && !ATTENDS) {
             __syncthreads();
             ask(step + call.stages * TOKENS);
         }
     }
-    if (call.response_sums) columns.store(call.response_sums + index * d, responses);
-    if constexpr (VIEWS) {
+    if (PASS != Pass::attention && call.response_sums) columns.store(call.response_sums + index * d, responses);
+    if constexpr (ATTENDS) {
         columns.store(call.weighted + index * d, weighted);
         if (blockIdx.y == 0 && threadIdx.x == 0) {
             call.tops[index] = top;
@@ -209,18 +214,17 @@ __device__ void scan_chunk(const ScanArguments<T>& call) {
     }
 }
 
-// Grid (chunks, blocks of features: 1 unless the logits are given). VIEWS: the attention view, the response mean, the last
-// row; without: sums of prompts and responses of one state.
-template <class T, int W, int C, int K, bool VIEWS>
+// Grid (chunks, blocks of features: 1 unless the logits are given).
+template <class T, int W, int C, int K, Pass PASS>
 __global__ void __launch_bounds__(SCAN_THREADS<W, K>, 1) scan(ScanArguments<T> call) {
-    scan_chunk<T, W, C, K, VIEWS, false>(call);
+    scan_chunk<T, W, C, K, PASS, false>(call);
 }
 
 // The same, states by the copy engine. Grid (chunks).
-template <class T, int W, int C, int K, bool VIEWS>
+template <class T, int W, int C, int K, Pass PASS>
 __global__ void __launch_bounds__(SCAN_THREADS<W, K>, 1) ring_scan(ScanArguments<T> call) {
 #if ADAJUDGE_HAS_COPY_ENGINE
-    scan_chunk<T, W, C, K, VIEWS, true>(call);
+    scan_chunk<T, W, C, K, PASS, true>(call);
 #else
     __trap();  // see `uses_copy_engine`
 #endif

@@ -23,10 +23,10 @@ void launch_spread(const Stream& stream, const char* operation, int width, Kerne
 }
 
 // Stages of the ring, 0 where there is none.
-template <class T>
+template <class T, Pass PASS>
 int scan_backward_stages(int64_t d, int64_t depths, const RowPlan& plan) {
     int stages = 0;
-    with_kernel<T>(d, depths, [&](auto width, auto depths) {
+    with_pass<T, PASS>(d, depths, [&](auto width, auto depths) {
         constexpr int W = width, K = depths, C = COLUMNS<T>;
         if constexpr (HAS_RING<W, K>)
             if (plan.blocks == 1)
@@ -35,36 +35,21 @@ int scan_backward_stages(int64_t d, int64_t depths, const RowPlan& plan) {
     return stages;
 }
 
-template <class T>
+template <class T, Pass PASS>
 void launch_scan_backward(const Stream& stream, const RowPlan& plan, const ScanBackwardArguments<T>& call) {
-    with_kernel<T>(call.features, call.depths, [&](auto width, auto depths) {
+    with_pass<T, PASS>(call.features, call.depths, [&](auto width, auto depths) {
         constexpr int W = width, K = depths, C = COLUMNS<T>;
         using Shared = ScanBackwardShared<T, W, C, K>;
         if constexpr (HAS_RING<W, K>)
             if (call.stages)
-                return launch_ring<Shared>(stream, "views_backward", plan, ring_scan_backward<T, W, C, K>, call);
+                return launch_ring<Shared>(stream, "views_backward", plan, ring_scan_backward<T, W, C, K, PASS>, call);
         launch(stream, "views_backward", dim3(unsigned(call.layout.num_chunks), plan.blocks), plan.threads, sizeof(Shared),
-               scan_backward<T, W, C, K>, call);
+               scan_backward<T, W, C, K, PASS>, call);
     });
 }
 
-}  // namespace
-
-void spread_means(const SpreadMeans& call, const Stream& stream) {
-    with_dtype(call.dtype, [&](auto stored) {
-        using T = decltype(stored);
-        using A = arithmetic<T>;
-        const SpreadMeansArguments<T> arguments{call.layout, int(call.features), static_cast<const A*>(call.prompt),
-                                                static_cast<const A*>(call.response), static_cast<const A*>(call.all),
-                                                static_cast<T*>(call.grad_hidden)};
-        with_width<T>(call.features, [&](auto width) {
-            launch_spread<T>(stream, "spread_means", width, spread_means<T, width>, arguments);
-        });
-        launch_zero_padding(stream, "spread_means", call.layout, call.features, 1, Tensors<T>{{arguments.grad_hidden}});
-    });
-}
-
-void views_backward(const ViewsBackward& call, const Stream& stream) {
+template <Pass PASS>
+void launch_views_backward(const ViewsBackward& call, const Stream& stream) {
     with_dtype(call.dtype, [&](auto stored) {
         using T = decltype(stored);
         using A = arithmetic<T>;
@@ -80,7 +65,7 @@ void views_backward(const ViewsBackward& call, const Stream& stream) {
         scan.layout = layout;
         scan.features = int(d);
         scan.depths = int(depths);
-        scan.stages = scan_backward_stages<T>(d, depths, plan);
+        scan.stages = scan_backward_stages<T, PASS>(d, depths, plan);
         scan.response_only = call.response_only;
         scan.shared = shared;
         scan.states = Tensors<const T>::from(call.states, depths);
@@ -104,7 +89,7 @@ void views_backward(const ViewsBackward& call, const Stream& stream) {
                                              scan.weight, scan.grad_attention, scan.pooled, scratch[2], scratch[3]};
             launch_dots(stream, "views_backward", arguments);
         }
-        launch_scan_backward(stream, plan, scan);
+        launch_scan_backward<T, PASS>(stream, plan, scan);
         if (shared) {
             const SpreadAttentionArguments<T> arguments{layout, int(d), int(depths), call.response_only, scan.grad_states,
                                                         scan.alpha, scan.weight, scan.grad_attention, scan.betas, scan.grad_logits};
@@ -125,6 +110,26 @@ void views_backward(const ViewsBackward& call, const Stream& stream) {
             launch(stream, "views_backward", dim3(unsigned(layout.num_sequences)), WARP, 0, sum_alpha_parts<A>, arguments);
         }
     });
+}
+
+}  // namespace
+
+void spread_means(const SpreadMeans& call, const Stream& stream) {
+    with_dtype(call.dtype, [&](auto stored) {
+        using T = decltype(stored);
+        using A = arithmetic<T>;
+        const SpreadMeansArguments<T> arguments{call.layout, int(call.features), static_cast<const A*>(call.prompt),
+                                                static_cast<const A*>(call.response), static_cast<const A*>(call.all),
+                                                static_cast<T*>(call.grad_hidden)};
+        with_width<T>(call.features, [&](auto width) {
+            launch_spread<T>(stream, "spread_means", width, spread_means<T, width>, arguments);
+        });
+        launch_zero_padding(stream, "spread_means", call.layout, call.features, 1, Tensors<T>{{arguments.grad_hidden}});
+    });
+}
+
+void views_backward(const ViewsBackward& call, const Stream& stream) {
+    call.alpha ? launch_views_backward<Pass::views>(call, stream) : launch_views_backward<Pass::attention>(call, stream);
 }
 
 }  // namespace adajudge::cuda

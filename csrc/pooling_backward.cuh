@@ -14,7 +14,7 @@ struct ScanBackwardArguments {
     bool response_only, shared;      // shared: gradients of prompt tokens are left to `spread_attention`
     Tensors<const T> states;
     Tensors<T> grad_states;
-    const A *alpha, *weight, *bias;  // alpha null: one state as it is, and no views but attention
+    const A *alpha, *weight, *bias;
     const A *logits, *grad_dots;     // [N * CHUNK_TOKENS] of rows that no block holds whole, else null
     int stages;                      // of `ring_scan_backward`
     const A *grad_last, *grad_mean, *grad_attention, *pooled, *log_sum_exp;
@@ -39,11 +39,12 @@ struct alignas(16) ScanBackwardShared {
 // g_t = [t = tau] g_L + m_t / n g_M + beta_t g_A + dlogit_t w with dlogit_t = beta_t (g_A . (h_t - z_A));
 // dH_k,t = alpha_k g_t, dalpha_k = sum_t g_t . H_k,t, dw = sum_t dlogit_t (h_t - z_A): the dlogit of a sequence sum to zero,
 // and so a mean of its states need not cancel.
-template <class T, int W, int C, int K, bool RING>
+template <class T, int W, int C, int K, Pass PASS, bool RING>
 __device__ void scan_chunk_backward(const ScanBackwardArguments<T>& call) {
     using A = arithmetic<T>;
     using Shared = ScanBackwardShared<T, W, C, K>;
     constexpr int TOKENS = Shared::TOKENS;
+    constexpr bool VIEWS = PASS == Pass::views;
     auto& shared = *static_cast<Shared*>(shared_memory());
     const int64_t index = blockIdx.x, d = call.features;
     const Chunk chunk = chunk_at(call.layout, index);
@@ -61,13 +62,13 @@ __device__ void scan_chunk_backward(const ScanBackwardArguments<T>& call) {
     };
     if constexpr (RING)
         for (int stage = 0; stage < call.stages; ++stage) ask(stage * TOKENS);
-    const int last = call.grad_last ? s.position(s.last_response) - chunk.begin : -1;  // of the chunk's tokens, if it is one
+    const int last = s.position(s.last_response) - chunk.begin;  // of the chunk's tokens, if it is one
     A alpha[K], w[C], grad[C], pooled[C], grad_mean[C] = {}, grad_weight[C] = {}, grad_alpha[MAX_DEPTHS] = {};
-    load_depth_weights<K>(call.alpha, b, call.depths, alpha);
+    if constexpr (VIEWS) load_depth_weights<K>(call.alpha, b, call.depths, alpha);
     columns.load(call.weight, w);
     columns.load(call.grad_attention + b * d, grad);
     columns.load(call.pooled + b * d, pooled);
-    if (call.grad_mean) {
+    if constexpr (VIEWS) {
         columns.load(call.grad_mean + b * d, grad_mean);
 #pragma unroll
         for (int c = 0; c < C; ++c) grad_mean[c] /= A(s.responses);
@@ -91,7 +92,8 @@ __device__ void scan_chunk_backward(const ScanBackwardArguments<T>& call) {
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
             A h[C];
-            states[t].mix(alpha, h);
+            if constexpr (VIEWS) states[t].mix(alpha, h);
+            else states[t].widen(0, h);
 #pragma unroll
             for (int c = 0; c < C; ++c) {
                 centred[t][c] = h[c] - pooled[c];
@@ -119,10 +121,10 @@ __device__ void scan_chunk_backward(const ScanBackwardArguments<T>& call) {
 #pragma unroll
             for (int c = 0; c < C; ++c) {
                 g[c] = seen[t] ? multiply_add(beta, grad[c], grad_logit * w[c]) : A(0);
-                if (response[t]) g[c] += grad_mean[c];
+                if (VIEWS && response[t]) g[c] += grad_mean[c];
                 if (seen[t]) grad_weight[c] = multiply_add(grad_logit, centred[t][c], grad_weight[c]);
             }
-            if (step + t == last) {
+            if (VIEWS && step + t == last) {
                 A grad_last[C];
                 columns.load(call.grad_last + b * d, grad_last);
 #pragma unroll
@@ -137,7 +139,7 @@ __device__ void scan_chunk_backward(const ScanBackwardArguments<T>& call) {
 #pragma unroll
                     for (int c = 0; c < C; ++c) {
                         grad_alpha[k] = multiply_add(g[c], x[c], grad_alpha[k]);
-                        grad_state[c] = g[c] * alpha[k];
+                        grad_state[c] = VIEWS ? g[c] * alpha[k] : g[c];
                     }
                     if (own) columns.store(call.grad_states.of[k] + rows[t], grad_state);
                 }
@@ -148,7 +150,7 @@ __device__ void scan_chunk_backward(const ScanBackwardArguments<T>& call) {
         }
     }
     columns.store(call.grad_weight_parts + index * d, grad_weight);
-    if (call.alpha) {
+    if constexpr (VIEWS) {
         shared.grad_alpha.sum(grad_alpha, 0);
         A* parts = call.grad_alpha_parts + (index * gridDim.y + blockIdx.y) * call.depths;
 #pragma unroll
@@ -158,16 +160,16 @@ __device__ void scan_chunk_backward(const ScanBackwardArguments<T>& call) {
 }
 
 // Grid (chunks, blocks of features: 1 unless the logits are given).
-template <class T, int W, int C, int K>
+template <class T, int W, int C, int K, Pass PASS>
 __global__ void __launch_bounds__(SCAN_THREADS<W, K>, 1) scan_backward(ScanBackwardArguments<T> call) {
-    scan_chunk_backward<T, W, C, K, false>(call);
+    scan_chunk_backward<T, W, C, K, PASS, false>(call);
 }
 
 // The same, states by the copy engine. Grid (chunks).
-template <class T, int W, int C, int K>
+template <class T, int W, int C, int K, Pass PASS>
 __global__ void __launch_bounds__(SCAN_THREADS<W, K>, 1) ring_scan_backward(ScanBackwardArguments<T> call) {
 #if ADAJUDGE_HAS_COPY_ENGINE
-    scan_chunk_backward<T, W, C, K, true>(call);
+    scan_chunk_backward<T, W, C, K, PASS, true>(call);
 #else
     __trap();  // see `uses_copy_engine`
 #endif

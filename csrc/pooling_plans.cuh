@@ -78,6 +78,13 @@ void with_kernel(int64_t d, int64_t depths, Body body) {
     body(one, integral_constant<int, MAX_DEPTHS>{});
 }
 
+// The same of a pass: those that read one state as it is have kernels for K = 1 only.
+template <class T, Pass PASS, class Body>
+void with_pass(int64_t d, int64_t depths, Body body) {
+    if constexpr (PASS == Pass::views) with_kernel<T>(d, depths, body);
+    else with_width<T>(d, [&](auto width) { body(width, std::integral_constant<int, 1>{}); });
+}
+
 // -- Rows by the copy engine ----------------------------------------------------------------------------------------
 
 // Columns of a thread: registers hold little of what is under way, so there is room for the sums of twice as many, and two

@@ -59,7 +59,7 @@ class Variant(NamedTuple):
     columns: int  # of a thread
     depths: int
     features: int
-    means: bool = False  # sums of one state, not the views
+    of: str = "views"  # csrc/pooling.cuh, Pass
 
     @property
     def ring(self):
@@ -73,12 +73,12 @@ class Variant(NamedTuple):
     def arguments(self):
         """Of the template, mangled."""
         mangled = {"bf16": "13__nv_bfloat16", "fp32": "f"}[self.dtype]
-        views = "" if self.kernel.endswith("backward") else f"Lb{int(not self.means)}E"
-        return f"{mangled}Li{16 // self.size}ELi{self.columns}ELi{self.depths}E{views}"
+        number = ("means", "attention", "views").index(self.of)
+        return f"{mangled}Li{16 // self.size}ELi{self.columns}ELi{self.depths}ELNS0_4PassE{number}E"
 
     @property
     def use(self):
-        of = "means" if self.means else f"K = {self.depths}"
+        of = f"K = {self.depths}" if self.of == "views" else self.of
         return f"{self.dtype}, d = {self.features}, {of}"
 
     @property
@@ -110,28 +110,28 @@ class Variant(NamedTuple):
 
 
 VARIANTS = [
-    Variant("scan", "bf16", 8, 1, 4096, means=True),
-    Variant("scan", "bf16", 8, 1, 4096),
+    Variant("scan", "bf16", 8, 1, 4096, "means"),
+    Variant("scan", "bf16", 8, 1, 4096, "attention"),
     Variant("scan", "bf16", 8, 2, 4096),
     Variant("scan", "bf16", 8, 3, 4096),
     Variant("scan", "bf16", 8, 4, 4096),
     Variant("scan", "bf16", 16, 3, 8192),
     Variant("scan", "fp32", 8, 3, 4096),
-    Variant("scan_backward", "bf16", 8, 1, 4096),
+    Variant("scan_backward", "bf16", 8, 1, 4096, "attention"),
     Variant("scan_backward", "bf16", 8, 2, 4096),
     Variant("scan_backward", "bf16", 8, 3, 4096),
     Variant("scan_backward", "bf16", 8, 4, 4096),
     Variant("scan_backward", "fp32", 8, 3, 4096),
 ]
 RINGS = [
-    Variant("ring_scan", "bf16", 16, 1, 4096, means=True),
-    Variant("ring_scan", "bf16", 16, 1, 4096),
+    Variant("ring_scan", "bf16", 16, 1, 4096, "means"),
+    Variant("ring_scan", "bf16", 16, 1, 4096, "attention"),
     Variant("ring_scan", "bf16", 16, 3, 1024),
     Variant("ring_scan", "bf16", 16, 3, 4096),
     Variant("ring_scan", "bf16", 16, 4, 4096),
     Variant("ring_scan", "bf16", 16, 3, 8192),
     Variant("ring_scan", "fp32", 16, 3, 4096),
-    Variant("ring_scan_backward", "bf16", 8, 1, 4096),
+    Variant("ring_scan_backward", "bf16", 8, 1, 4096, "attention"),
     Variant("ring_scan_backward", "bf16", 8, 3, 1024),
     Variant("ring_scan_backward", "bf16", 8, 3, 4096),
     Variant("ring_scan_backward", "bf16", 8, 4, 4096),
