@@ -280,13 +280,13 @@ def gate(
     """``alpha = softmax(W c + b)`` of one sequence; DEPTHS is K rounded up to a power of two. Grid (B,)."""
     b = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, DEPTHS)
-    logits = tl.load(bias + k, mask=k < K, other=0.0).to(ACC)
-    for start in range(0, D, BLOCK):
+    products = tl.zeros((DEPTHS, BLOCK), ACC)
+    for start in tl.static_range(0, D, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         c = tl.load(context + b * D + columns, mask=columns < D, other=0.0)
         mask = (k < K)[:, None] & (columns < D)[None, :]
-        w = tl.load(weight + k[:, None] * D + columns[None, :], mask=mask, other=0.0).to(ACC)
-        logits += tl.sum(w * c[None, :], axis=1)
+        products += tl.load(weight + k[:, None] * D + columns[None, :], mask=mask, other=0.0).to(ACC) * c[None, :]
+    logits = tl.load(bias + k, mask=k < K, other=0.0).to(ACC) + tl.sum(products, axis=1)
     logits = tl.where(k < K, logits, float("-inf"))
     exponentials = tl.exp(logits - tl.max(logits))
     tl.store(alpha + b * K + k, divided(exponentials, tl.sum(exponentials)), mask=k < K)
