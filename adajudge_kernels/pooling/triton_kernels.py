@@ -285,7 +285,8 @@ def gate(
         columns = start + tl.arange(0, BLOCK)
         c = tl.load(context + b * D + columns, mask=columns < D, other=0.0)
         mask = (k < K)[:, None] & (columns < D)[None, :]
-        products += tl.load(weight + k[:, None] * D + columns[None, :], mask=mask, other=0.0).to(ACC) * c[None, :]
+        w = tl.load(weight + k[:, None] * D + columns[None, :], mask=mask, other=0.0).to(ACC)
+        products += w * c[None, :]
     logits = tl.load(bias + k, mask=k < K, other=0.0).to(ACC) + tl.sum(products, axis=1)
     logits = tl.where(k < K, logits, float("-inf"))
     exponentials = tl.exp(logits - tl.max(logits))
