@@ -93,8 +93,8 @@ void launch_views_backward(const ViewsBackward& call, const Stream& stream) {
         if (shared) {
             const SpreadAttentionArguments<T> arguments{layout, int(d), int(depths), call.response_only, scan.grad_states,
                                                         scan.alpha, scan.weight, scan.grad_attention, scan.betas, scan.grad_logits};
-            with_width<T>(d, [&](auto width) {
-                launch_spread<T>(stream, "views_backward", width, spread_attention<T, width>, arguments);
+            with_pass<T, PASS>(d, depths, [&](auto width, auto depths) {
+                launch_spread<T>(stream, "views_backward", width, spread_attention<T, width, depths>, arguments);
             });
         } else {
             launch_zero_padding(stream, "views_backward", layout, d, depths, scan.grad_states);

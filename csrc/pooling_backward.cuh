@@ -259,11 +259,16 @@ struct SpreadAttentionArguments {
     const A *alpha, *weight, *grad_attention, *betas, *grad_logits;
 };
 
-// Gradient of shared prompt tokens: dH_k,t = sum_b alpha_bk (beta_bt g_A,b + dlogit_bt w) over the candidates that read the
-// token, in their order. Needs no states. Grid (chunks of groups, blocks of features).
-template <class T, int W>
+// Tokens that a thread has at once, so that a candidate's gradient is read for all of them.
+template <int K>
+constexpr int SPREAD_TOKENS = K < MAX_DEPTHS ? 2 : 1;
+
+// Gradient of shared prompt tokens: dH_k,t = sum_b alpha_bk beta_bt g_A,b + (sum_b alpha_bk dlogit_bt) w over the candidates
+// that read the token, in their order. Needs no states. Grid (chunks of groups, blocks of features).
+template <class T, int W, int K>
 __global__ void __launch_bounds__(SPREAD_THREADS, 1) spread_attention(SpreadAttentionArguments<T> call) {
     using A = arithmetic<T>;
+    constexpr int TOKENS = SPREAD_TOKENS<K>;
     // Groups are the prompts, then a response each, which has its gradient already.
     const int64_t prompts = call.layout.num_groups - call.layout.num_sequences, d = call.features;
     if (call.layout.group_chunks[blockIdx.x] >= prompts) return;
@@ -271,26 +276,35 @@ __global__ void __launch_bounds__(SPREAD_THREADS, 1) spread_attention(SpreadAtte
     const Columns<W, W> columns(call.features);
     A w[W];
     columns.load(call.weight, w);
-    for (int t = 0; t < piece.count; ++t) {
-        const int64_t row = (piece.start + piece.begin + t) * d;
-        A total[MAX_DEPTHS][W] = {};
+    for (int first = 0; first < piece.count; first += TOKENS) {
+        A total[TOKENS][K][W] = {}, of_weight[TOKENS][K] = {};
         for (int64_t b = piece.first_reader; !call.response_only && b < piece.first_reader + piece.readers; ++b) {
-            const int64_t chunk = call.layout.sequences[8 * b + 7], place = chunk * CHUNK_TOKENS + piece.begin + t;
-            const A beta = call.betas[place], grad_logit = call.grad_logits[place];
-            A grad[W], alpha[MAX_DEPTHS], g[W];
+            const int64_t chunk = call.layout.sequences[8 * b + 7], place = chunk * CHUNK_TOKENS + piece.begin + first;
+            A grad[W], alpha[K];
             columns.load(call.grad_attention + b * d, grad);
-            load_depth_weights<MAX_DEPTHS>(call.alpha, b, call.depths, alpha);
+            load_depth_weights<K>(call.alpha, b, call.depths, alpha);
 #pragma unroll
-            for (int n = 0; n < W; ++n) g[n] = multiply_add(beta, grad[n], grad_logit * w[n]);
+            for (int t = 0; t < TOKENS; ++t) {
+                const bool valid = first + t < piece.count;
+                const A beta = valid ? call.betas[place + t] : A(0), grad_logit = valid ? call.grad_logits[place + t] : A(0);
 #pragma unroll
-            for (int k = 0; k < MAX_DEPTHS; ++k)
-                if (k < call.depths)
+                for (int k = 0; k < K; ++k) {
+                    const A share = alpha[k] * beta;
+                    of_weight[t][k] = multiply_add(alpha[k], grad_logit, of_weight[t][k]);
 #pragma unroll
-                    for (int n = 0; n < W; ++n) total[k][n] = multiply_add(alpha[k], g[n], total[k][n]);
+                    for (int n = 0; n < W; ++n) total[t][k][n] = multiply_add(share, grad[n], total[t][k][n]);
+                }
+            }
         }
 #pragma unroll
-        for (int k = 0; k < MAX_DEPTHS; ++k)
-            if (k < call.depths) columns.store(call.grad_states.of[k] + row, total[k]);
+        for (int t = 0; t < TOKENS; ++t)
+#pragma unroll
+            for (int k = 0; k < K; ++k)
+                if (first + t < piece.count && (K < MAX_DEPTHS || k < call.depths)) {
+#pragma unroll
+                    for (int n = 0; n < W; ++n) total[t][k][n] = multiply_add(of_weight[t][k], w[n], total[t][k][n]);
+                    columns.store(call.grad_states.of[k] + int64_t(piece.start + piece.begin + first + t) * d, total[t][k]);
+                }
     }
 }
 

@@ -236,8 +236,9 @@ def spread_attention(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Gradient of shared prompt tokens: ``dH_k,t = sum_b alpha_bk (beta_bt g_A,b + dlogit_bt w)`` over the candidates
-    that read the token, in their order; zeros with RESPONSE_ONLY. Needs no states. Grid (chunks of groups, blocks of D)."""
+    """Gradient of shared prompt tokens: ``dH_k,t = sum_b alpha_bk beta_bt g_A,b + (sum_b alpha_bk dlogit_bt) w`` over the
+    candidates that read the token, in their order; zeros with RESPONSE_ONLY. Needs no states.
+    Grid (chunks of groups, blocks of D)."""
     chunk = tl.program_id(0).to(tl.int64)
     group = groups + tl.load(group_chunks + chunk).to(tl.int64) * 5
     start = tl.load(group)
@@ -260,18 +261,28 @@ def spread_attention(
             valid = start + position < stop
             rows = (start + position).to(tl.int64)[:, None] * D + columns[None, :]
             mask = valid[:, None] & inside[None, :]
+            totals = ()
+            of_weight = ()
+            for _ in tl.static_range(K):
+                totals += (tl.zeros((TOKENS, BLOCK), ACC),)
+                of_weight += (tl.zeros((TOKENS,), ACC),)
+            for index in range(0, readers):
+                b = reader.to(tl.int64) + index
+                scalars = tl.load(sequences + b * 8 + 7).to(tl.int64) * CHUNK + position
+                beta = tl.load(betas + scalars, mask=valid, other=0.0)
+                d_logit = tl.load(grad_logits + scalars, mask=valid, other=0.0)
+                g = tl.load(grad_attention + b * D + columns, mask=inside, other=0.0)
+                weights = _depth_weights(alpha, b, K, WEIGHTED, ACC)
+                parts = totals
+                weight_parts = of_weight
+                totals = ()
+                of_weight = ()
+                for k in tl.static_range(K):
+                    share = weights[k] * beta if WEIGHTED else beta
+                    totals += (parts[k] + share[:, None] * g[None, :],)
+                    of_weight += (weight_parts[k] + (weights[k] * d_logit if WEIGHTED else d_logit),)
             for k in tl.static_range(K):
-                total = tl.zeros((TOKENS, BLOCK), ACC)
-                for index in range(0, readers):
-                    b = reader.to(tl.int64) + index
-                    scalars = tl.load(sequences + b * 8 + 7).to(tl.int64) * CHUNK + position
-                    beta = tl.load(betas + scalars, mask=valid, other=0.0)
-                    d_logit = tl.load(grad_logits + scalars, mask=valid, other=0.0)
-                    g = tl.load(grad_attention + b * D + columns, mask=inside, other=0.0)
-                    g = beta[:, None] * g[None, :] + d_logit[:, None] * w[None, :]
-                    if WEIGHTED:
-                        g *= tl.load(alpha + b * K + k).to(ACC)
-                    total += g
+                total = totals[k] + of_weight[k][:, None] * w[None, :]
                 tl.store(grad_states[k] + rows, total.to(grad_states[k].dtype.element_ty), mask=mask)
 
 

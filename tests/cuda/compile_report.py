@@ -145,7 +145,7 @@ OTHERS = {
     ("gate", "fLi4E"): 256,
     ("dots", "13__nv_bfloat16Li8E"): 256,
     ("spread_means", "13__nv_bfloat16Li8E"): 128,
-    ("spread_attention", "13__nv_bfloat16Li8E"): 128,
+    ("spread_attention", "13__nv_bfloat16Li8ELi3E"): 128,
     ("zero_padding", "13__nv_bfloat16Li8E"): 256,
     ("add_rows", "fLi4E"): 512,
     ("sum_alpha_parts", "f"): 32,
