@@ -73,7 +73,7 @@ struct BlockSums {
         auto& buffer = parts[turn % 2];
         if (lane % LANES == 0) buffer[warp][number] = x[0];
         __syncthreads();
-        // Every warp adds all warps' parts: a lane some of them, then lanes theirs, in fewer instructions than a thread alone.
+        // Every warp adds all warps' parts, its lanes sharing the work: a thread alone would take many more instructions.
         A sum = 0;
 #pragma unroll
         for (int first = 0; first < MOST_WARPS; first += LANES) {
