@@ -52,13 +52,14 @@ void launch_scan(const Stream& stream, const char* operation, const ScanArgument
 
 template <Pass PASS>
 void launch_views(const Views& call, const Stream& stream) {
+    constexpr bool VIEWS = PASS == Pass::views;
     with_dtype(call.dtype, [&](auto stored) {
         using T = decltype(stored);
         using A = arithmetic<T>;
         const int64_t chunks = call.layout.num_chunks, d = call.features;
         const int stages = scan_stages<T, PASS>(d, call.depths, "views");
         const bool wide = !stages && forward_plan<T>(d, call.depths).blocks > 1;
-        const Scratch<A> scratch(stream, {chunks * d, call.alpha ? chunks * d : 0, chunks, chunks, wide ? chunks * CHUNK_TOKENS : 0});
+        const Scratch<A> scratch(stream, {chunks * d, VIEWS ? chunks * d : 0, chunks, chunks, wide ? chunks * CHUNK_TOKENS : 0});
         ScanArguments<T> scan{};
         scan.layout = call.layout;
         scan.features = int(d);
@@ -72,7 +73,7 @@ void launch_views(const Views& call, const Stream& stream) {
         scan.reads_responses = true;
         scan.last = static_cast<A*>(call.last);
         scan.weighted = scratch[0];
-        scan.response_sums = call.alpha ? scratch[1] : nullptr;
+        scan.response_sums = VIEWS ? scratch[1] : nullptr;
         scan.tops = scratch[2];
         scan.totals = scratch[3];
         if (wide) {
@@ -142,7 +143,8 @@ void depth_weights(const DepthWeights& call, const Stream& stream) {
 }
 
 void views(const Views& call, const Stream& stream) {
-    call.alpha ? launch_views<Pass::views>(call, stream) : launch_views<Pass::attention>(call, stream);
+    if (call.alpha) launch_views<Pass::views>(call, stream);
+    else launch_views<Pass::attention>(call, stream);
 }
 
 }  // namespace adajudge::cuda

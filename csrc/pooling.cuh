@@ -16,7 +16,8 @@ constexpr int SCAN_THREADS = W > 1 && K < MAX_DEPTHS ? 512 : 256;
 template <class A>
 constexpr A INFINITE = A(INFINITY);
 
-// What a pass over the states is for: the means of one state, its attention view, or all views of a mixture of K.
+// What a pass over the states is for: the means of one state, its attention view, or all views of a mixture of K by the
+// depth weights. The backward has the last two: that of means reads no states.
 enum class Pass { means, attention, views };
 
 // One token's K states in the columns of a thread, as they are stored; K = MAX_DEPTHS stands for any number of states.
@@ -37,11 +38,11 @@ struct StoredStates {
         for (int v = 0; v < C / W; ++v) of[k][v].widen(to + v * W);
     }
 
-    __device__ void widen_anew() {
+    __device__ void forget_widened() {
 #pragma unroll
         for (int k = 0; k < K; ++k)
 #pragma unroll
-            for (int v = 0; v < C / W; ++v) of[k][v].widen_anew();
+            for (int v = 0; v < C / W; ++v) of[k][v].forget_widened();
     }
 
     // h = sum_k alpha_k H_k
@@ -73,11 +74,12 @@ struct ScanArguments {
     int features, depths;
     bool reads_prompts, reads_responses;  // no other token's states are loaded
     Tensors<const T> states;
-    const A *alpha, *weight, *bias;
-    const A* logits;                 // [N * CHUNK_TOKENS] of rows that no block holds whole, else null
+    const A* alpha;                  // [B, K]; views
+    const A *weight, *bias;          // [d], [1]; views and attention
+    const A* logits;                 // [N * CHUNK_TOKENS] of rows that no block holds whole, else null; views and attention
     int stages;                      // of `ring_scan`
-    A* last;                         // [B, d]
-    A *prompt_sums, *response_sums;  // [N, d], null where nobody wants them
+    A* last;                         // [B, d]; views
+    A *prompt_sums, *response_sums;  // [N, d]; means, null where nobody wants them, and the responses' for views
     A *weighted, *tops, *totals;     // [N, d], [N], [N]: sum of exp(logit - top) h, top, sum of exp(logit - top)
 };
 
@@ -104,6 +106,7 @@ __device__ void scan_chunk(const ScanArguments<T>& call) {
     using Shared = ScanShared<T, W, C, K, RING>;
     constexpr int TOKENS = Shared::TOKENS;
     constexpr bool VIEWS = PASS == Pass::views, ATTENDS = PASS != Pass::means;
+    const bool adds_prompts = !ATTENDS && call.prompt_sums, adds_responses = VIEWS || (!ATTENDS && call.response_sums);
     auto& shared = *static_cast<Shared*>(shared_memory());
     const int64_t index = blockIdx.x, d = call.features;
     const Chunk chunk = chunk_at(call.layout, index);
@@ -195,22 +198,21 @@ __device__ void scan_chunk(const ScanArguments<T>& call) {
                 sums[c] += sum;
             }
         };
-        if (PASS != Pass::attention && call.response_sums) add(responses, true);
-        if (!ATTENDS && call.prompt_sums) add(prompts, false);
+        if (adds_responses) add(responses, true);
+        if (adds_prompts) add(prompts, false);
         if constexpr (RING && !ATTENDS) {
             __syncthreads();
             ask(step + call.stages * TOKENS);
         }
     }
-    if (PASS != Pass::attention && call.response_sums) columns.store(call.response_sums + index * d, responses);
+    if (adds_prompts) columns.store(call.prompt_sums + index * d, prompts);
+    if (adds_responses) columns.store(call.response_sums + index * d, responses);
     if constexpr (ATTENDS) {
         columns.store(call.weighted + index * d, weighted);
         if (blockIdx.y == 0 && threadIdx.x == 0) {
             call.tops[index] = top;
             call.totals[index] = total;
         }
-    } else if (call.prompt_sums) {
-        columns.store(call.prompt_sums + index * d, prompts);
     }
 }
 
@@ -338,20 +340,21 @@ constexpr int GATE_THREADS = 256;
 template <class A>
 using GateSums = BlockSums<A, MAX_DEPTHS, GATE_THREADS / WARP>;
 
-// alpha = softmax(W c + b). Grid (B).
+// alpha = softmax(W c + b). All threads share the features of all logits. Grid (B).
 template <class A, int W>
 __global__ void __launch_bounds__(GATE_THREADS, 1) gate(GateArguments<A> call) {
     const int64_t b = blockIdx.x, d = call.features;
     A logits[MAX_DEPTHS] = {};
-#pragma unroll 2
+#pragma unroll 2  // more of them on their way
     for (int64_t j = threadIdx.x * W; j < d; j += GATE_THREADS * W) {
-        A context[W], weight[W];
+        A context[W];
         Stored<A, W> rows[MAX_DEPTHS];  // all on their way at once
 #pragma unroll
         for (int k = 0; k < MAX_DEPTHS; ++k) rows[k] = Stored<A, W>::load(call.weight + k * d + j, k < call.depths);
         load<W>(call.context + b * d + j, context);
 #pragma unroll
         for (int k = 0; k < MAX_DEPTHS; ++k) {
+            A weight[W];
             rows[k].widen(weight);
 #pragma unroll
             for (int n = 0; n < W; ++n) logits[k] = multiply_add(weight[n], context[n], logits[k]);

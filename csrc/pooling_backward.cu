@@ -50,6 +50,7 @@ void launch_scan_backward(const Stream& stream, const RowPlan& plan, const ScanB
 
 template <Pass PASS>
 void launch_views_backward(const ViewsBackward& call, const Stream& stream) {
+    constexpr bool VIEWS = PASS == Pass::views;
     with_dtype(call.dtype, [&](auto stored) {
         using T = decltype(stored);
         using A = arithmetic<T>;
@@ -60,7 +61,7 @@ void launch_views_backward(const ViewsBackward& call, const Stream& stream) {
         const bool wide = plan.blocks > 1;
         const int64_t per_token = chunks * CHUNK_TOKENS;
         const Scratch<A> scratch(stream, {shared ? per_token : 0, shared ? per_token : 0, wide ? per_token : 0,
-                                          wide ? per_token : 0, chunks * plan.blocks * depths, chunks * d});
+                                          wide ? per_token : 0, VIEWS ? chunks * plan.blocks * depths : 0, chunks * d});
         ScanBackwardArguments<T> scan{};
         scan.layout = layout;
         scan.features = int(d);
@@ -104,7 +105,7 @@ void launch_views_backward(const ViewsBackward& call, const Stream& stream) {
             launch(stream, "views_backward", dim3(unsigned(parts(d, Sums::COLUMNS))), Sums::THREADS, sizeof(Sums),
                    add_rows<A, width>, static_cast<const A*>(scan.grad_weight_parts), chunks, d, static_cast<A*>(call.grad_weight));
         });
-        if (call.grad_alpha) {
+        if constexpr (VIEWS) {
             const SumAlphaArguments<A> arguments{layout, int(depths), int(plan.blocks), scan.grad_alpha_parts,
                                                  static_cast<A*>(call.grad_alpha)};
             launch(stream, "views_backward", dim3(unsigned(layout.num_sequences)), WARP, 0, sum_alpha_parts<A>, arguments);
@@ -129,7 +130,8 @@ void spread_means(const SpreadMeans& call, const Stream& stream) {
 }
 
 void views_backward(const ViewsBackward& call, const Stream& stream) {
-    call.alpha ? launch_views_backward<Pass::views>(call, stream) : launch_views_backward<Pass::attention>(call, stream);
+    if (call.alpha) launch_views_backward<Pass::views>(call, stream);
+    else launch_views_backward<Pass::attention>(call, stream);
 }
 
 }  // namespace adajudge::cuda

@@ -11,16 +11,18 @@ struct ScanBackwardArguments {
     using A = arithmetic<T>;
     Layout layout;
     int features, depths;
-    bool response_only, shared;      // shared: gradients of prompt tokens are left to `spread_attention`
+    bool response_only, shared;                     // shared: gradients of prompt tokens are left to `spread_attention`
     Tensors<const T> states;
     Tensors<T> grad_states;
-    const A *alpha, *weight, *bias;
-    const A *logits, *grad_dots;     // [N * CHUNK_TOKENS] of rows that no block holds whole, else null
-    int stages;                      // of `ring_scan_backward`
-    const A *grad_last, *grad_mean, *grad_attention, *pooled, *log_sum_exp;
-    A *betas, *grad_logits;          // [N * CHUNK_TOKENS] where prompts are shared
-    A *grad_alpha_parts;             // [N, blocks of features, K]
-    A *grad_weight_parts;            // [N, d]
+    const A* alpha;                                 // [B, K]; views
+    const A *weight, *bias;                         // [d], [1]
+    const A *logits, *grad_dots;                    // [N * CHUNK_TOKENS] of rows that no block holds whole, else null
+    int stages;                                     // of `ring_scan_backward`
+    const A *grad_last, *grad_mean;                 // [B, d]; views
+    const A *grad_attention, *pooled, *log_sum_exp; // [B, d], [B, d], [B]
+    A *betas, *grad_logits;                         // [N * CHUNK_TOKENS] where prompts are shared
+    A* grad_alpha_parts;                            // [N, blocks of features, K]; views
+    A* grad_weight_parts;                           // [N, d]
 };
 
 // Tokens that a block works on together.
@@ -114,7 +116,7 @@ __device__ void scan_chunk_backward(const ScanBackwardArguments<T>& call) {
         }
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
-            states[t].widen_anew();
+            if constexpr (VIEWS) states[t].forget_widened();  // else kernels of K = 3 and two bytes spill
             const A beta = seen[t] ? exp(dots[2 * t] + bias - log_sum_exp) : A(0);
             const A grad_logit = seen[t] ? beta * dots[2 * t + 1] : A(0);
             A g[C];
@@ -131,18 +133,22 @@ __device__ void scan_chunk_backward(const ScanBackwardArguments<T>& call) {
                 for (int c = 0; c < C; ++c) g[c] += grad_last[c];
             }
             const bool own = valid[t] && (!call.shared || chunk.begin + step + t >= s.first());
+            if constexpr (VIEWS) {
 #pragma unroll
-            for (int k = 0; k < K; ++k)
-                if (K < MAX_DEPTHS || k < call.depths) {
-                    A x[C], grad_state[C];
-                    states[t].widen(k, x);
+                for (int k = 0; k < K; ++k)
+                    if (K < MAX_DEPTHS || k < call.depths) {
+                        A x[C], grad_state[C];
+                        states[t].widen(k, x);
 #pragma unroll
-                    for (int c = 0; c < C; ++c) {
-                        grad_alpha[k] = multiply_add(g[c], x[c], grad_alpha[k]);
-                        grad_state[c] = VIEWS ? g[c] * alpha[k] : g[c];
+                        for (int c = 0; c < C; ++c) {
+                            grad_alpha[k] = multiply_add(g[c], x[c], grad_alpha[k]);
+                            grad_state[c] = g[c] * alpha[k];
+                        }
+                        if (own) columns.store(call.grad_states.of[k] + rows[t], grad_state);
                     }
-                    if (own) columns.store(call.grad_states.of[k] + rows[t], grad_state);
-                }
+            } else if (own) {
+                columns.store(call.grad_states.of[0] + rows[t], g);
+            }
             if (call.shared && valid[t] && blockIdx.y == 0 && threadIdx.x == 0) {
                 call.betas[index * CHUNK_TOKENS + step + t] = beta;
                 call.grad_logits[index * CHUNK_TOKENS + step + t] = grad_logit;
@@ -264,7 +270,7 @@ template <int K>
 constexpr int SPREAD_TOKENS = K < MAX_DEPTHS ? 2 : 1;
 
 // Gradient of shared prompt tokens: dH_k,t = sum_b alpha_bk beta_bt g_A,b + (sum_b alpha_bk dlogit_bt) w over the candidates
-// that read the token, in their order. Needs no states. Grid (chunks of groups, blocks of features).
+// that read the token, in their order; zeros if there is none. Needs no states. Grid (chunks of groups, blocks of features).
 template <class T, int W, int K>
 __global__ void __launch_bounds__(SPREAD_THREADS, 1) spread_attention(SpreadAttentionArguments<T> call) {
     using A = arithmetic<T>;
@@ -273,12 +279,13 @@ __global__ void __launch_bounds__(SPREAD_THREADS, 1) spread_attention(SpreadAtte
     const int64_t prompts = call.layout.num_groups - call.layout.num_sequences, d = call.features;
     if (call.layout.group_chunks[blockIdx.x] >= prompts) return;
     const GroupChunk piece = group_chunk_at(call.layout, blockIdx.x);
+    const int64_t readers = call.response_only ? 0 : piece.readers;
     const Columns<W, W> columns(call.features);
-    A w[W];
-    columns.load(call.weight, w);
+    A w[W] = {};
+    if (readers) columns.load(call.weight, w);
     for (int first = 0; first < piece.count; first += TOKENS) {
         A total[TOKENS][K][W] = {}, of_weight[TOKENS][K] = {};
-        for (int64_t b = piece.first_reader; !call.response_only && b < piece.first_reader + piece.readers; ++b) {
+        for (int64_t b = piece.first_reader; b < piece.first_reader + readers; ++b) {
             const int64_t chunk = call.layout.sequences[8 * b + 7], place = chunk * CHUNK_TOKENS + piece.begin + first;
             A grad[W], alpha[K];
             columns.load(call.grad_attention + b * d, grad);

@@ -78,7 +78,7 @@ void with_kernel(int64_t d, int64_t depths, Body body) {
     body(one, integral_constant<int, MAX_DEPTHS>{});
 }
 
-// The same of a pass: those that read one state as it is have kernels for K = 1 only.
+// `with_kernel` for a pass: those that read one state as it is have kernels of K = 1 only.
 template <class T, Pass PASS, class Body>
 void with_pass(int64_t d, int64_t depths, Body body) {
     if constexpr (PASS == Pass::views) with_kernel<T>(d, depths, body);

@@ -73,7 +73,8 @@ struct Stored {
     }
 
     // No instruction: what was widened before is not taken for what is widened after, and so not kept in registers meanwhile.
-    __device__ void widen_anew() {
+    // Numbers that are loaded one by one have room.
+    __device__ void forget_widened() {
         if constexpr (W > 1) asm volatile("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w));
     }
 };

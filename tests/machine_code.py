@@ -3,6 +3,8 @@ bytes are moved. It is read with the cuobjdump that comes with triton."""
 
 import re
 import subprocess
+import tempfile
+from pathlib import Path
 from typing import NamedTuple
 
 H200_BYTES_A_CYCLE = 4.3e12 / (132 * 1.98e9)  # that an SM moves at the bandwidth of a copy
@@ -16,12 +18,17 @@ class Instruction(NamedTuple):
     target: int | None
 
 
-def dump(path, *options):
-    """What cuobjdump says of a file."""
+def dump(code, *options):
+    """What cuobjdump says of a file, or of a cubin's bytes."""
     import triton
 
-    command = [triton.knobs.nvidia.cuobjdump.path, *options, path]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    with tempfile.TemporaryDirectory() as folder:
+        path = code
+        if isinstance(code, bytes):
+            path = Path(folder, "kernel.cubin")
+            path.write_bytes(code)
+        command = [triton.knobs.nvidia.cuobjdump.path, *options, path]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def instructions(code):

@@ -255,7 +255,7 @@ def spread_attention(
     if is_prompt:
         columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = columns < D
-        w = tl.load(weight + columns, mask=inside, other=0.0).to(ACC)
+        w = tl.load(weight + columns, mask=inside & (readers > 0), other=0.0).to(ACC)
         for step in range(0, tl.minimum(CHUNK, stop - start - within), TOKENS):
             position = within + step + tl.arange(0, TOKENS)
             valid = start + position < stop

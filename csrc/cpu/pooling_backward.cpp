@@ -168,14 +168,18 @@ struct ScanBackward {
         if (STREAM) streamed();
     }
 
-    // dH_k = sum over readers of alpha_k (beta g_A + dlogit w), for a chunk of a prompt's tokens.
+    // dH_k = sum over readers of alpha_k (beta g_A + dlogit w), for a chunk of a prompt's tokens; zeros if the view reads none.
     void prompt_chunk(const Group& group, int64_t begin, int64_t end, A* row) const {
         const int64_t d = call.features, depths = call.depths;
+        if (call.response_only || !group.readers) {
+            for (int64_t k = 0; k < depths; ++k) fill_zero(grad_states[k] + (group.start + begin) * d, (end - begin) * d);
+            return;
+        }
         for (int64_t position = begin; position < end; ++position) {
             for (int64_t k = 0; k < depths; ++k) {
                 fill_zero(row, d);
                 A of_weight = 0;
-                for (int64_t b = group.first_reader; !call.response_only && b < group.first_reader + group.readers; ++b) {
+                for (int64_t b = group.first_reader; b < group.first_reader + group.readers; ++b) {
                     const int64_t place = sequence_at(call.layout, b).first_chunk * int64_t(CHUNK_TOKENS) + position;
                     const A depth_weight = alpha ? alpha[b * depths + k] : A(1);
                     const auto share = broadcast<Lanes<A>>(depth_weight * betas[place]);

@@ -1,5 +1,5 @@
-"""What ptxas said of the CUDA kernels when the module was built; ``python -m tests.cuda.compile_report`` prints the tables of
-docs/cuda.md."""
+"""What ptxas said of the CUDA kernels when the module was built, and the module's machine code;
+``python -m tests.cuda.compile_report`` prints the tables of docs/cuda.md."""
 
 import re
 import sys
@@ -175,14 +175,16 @@ def sass():
 
 
 def issue_slots(variant):
-    """The share of an H200's that a variant takes while a step's bytes are moved. Of the kernel's longest loop, without what
-    one thread asks the copy engine for."""
+    """The share of an H200's that a variant takes while a step's bytes are moved. Of the kernel's longest loop, all branches,
+    without what one thread asks the copy engine for."""
     kernel = machine_code.instructions(sass()[of_variant(variant.kernel, variant.arguments)["sm_90"].name])
     loop = max(machine_code.loops(kernel), key=lambda found: found.stop - found.start)
     count = loop.stop - loop.start
     copies = [i for i in range(loop.start, loop.stop) if kernel[i].name == "UBLKCP"]
     if copies:
-        around = max(i for i in range(loop.start, copies[0]) if (kernel[i].target or 0) > copies[-1])
+        around = next(
+            i for i in range(loop.start, copies[0]) if copies[-1] < (kernel[i].target or 0) < loop.stop
+        )
         count -= kernel[around].target - around - 1
     moved = variant.step_bytes * (2 if variant.kernel.endswith("backward") else 1)
     return machine_code.issue_slots(count * variant.threads / WARP, moved)
@@ -270,10 +272,14 @@ def others_table():
 
 def main():
     """Print the tables, or say why there are none."""
+    if compiled.module is None or not compiled.module.with_cuda:
+        sys.exit("the compiled module holds no CUDA kernels: `make setup` where nvcc is found")
     try:
         print(scans_table(), rings_table(), others_table(), sep="\n\n")
     except FileNotFoundError as error:
         sys.exit(f"{error.filename}: no such report; it is written by `make setup` where nvcc is found")
+    except ImportError:
+        sys.exit("triton: not installed; its cuobjdump reads the machine code")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ EMULATION = ROOT / "tests/cuda/emulation"
 # Of a CUDA source that is compiled as C++.
 EMULATED_OPTIONS = [
     *("-x", "c++", f"-I{EMULATION}", "-Wno-unknown-pragmas"),
-    "-Wno-maybe-uninitialized",  # gcc 12 loses track of arrays that an unrolled loop fills
+    # gcc 12 loses track of arrays that an unrolled loop fills.
+    *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
     "-D__CUDA_ARCH_LIST__=800,900",  # nvcc's, of what it compiles for
 ]
 

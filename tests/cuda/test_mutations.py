@@ -87,6 +87,19 @@ MUTATIONS = {
     "prompt tokens in the response mean": Mutation(
         "pooling.cuh", "A sum = response[0] == to_responses ? h[0][c] : A(0);", "A sum = h[0][c];"
     ),
+    "prompt tokens of a later token in the response mean": Mutation(
+        "pooling.cuh", "sum += response[t] == to_responses ? h[t][c] : A(0);", "sum += h[t][c];"
+    ),
+    "a thread's first features of the gate only": Mutation(
+        "pooling.cuh", "j += GATE_THREADS * W", "j += d", width="601"
+    ),
+    "a prompt token too many": Mutation(
+        "pooling_backward.cuh",
+        "if (first + t < piece.count && (K",
+        "if ((K",
+        source="pooling_backward",
+        width="600",
+    ),
     "a response's first token without a gradient": Mutation(
         "pooling_backward.cuh",
         "chunk.begin + step + t >= s.first()",

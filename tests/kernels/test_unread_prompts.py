@@ -41,3 +41,15 @@ def test_no_gradient_of_responses_reaches_a_prompt_however_large_it_is(kind, dev
     prompt = (source >= 0) & (source < 3)
     assert (states.grad[prompt] == 0).all()
     assert not states.grad[~prompt].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["packed", "shared"])
+def test_nor_does_the_attention_weight_however_large_it_is(kind, device):
+    batch = Batch((3,), ((2, 1),))
+    layout, source = batch.lay_out(kind, device)
+    states = torch.randn(layout.num_tokens, 8, device=device, requires_grad=True)
+    weight, bias = torch.full((8,), float("inf"), device=device), torch.zeros(1, device=device)
+    ak.attention_pool(states, weight, bias, layout, "response").backward(torch.ones(2, 8, device=device))
+    prompt = (source >= 0) & (source < 3)
+    assert (states.grad[prompt] == 0).all()
+    assert states.grad[~prompt].isnan().any()

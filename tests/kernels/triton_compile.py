@@ -1,7 +1,6 @@
 """What the Triton backend would launch, recorded without a GPU, and compiled for real for any architecture."""
 
 import re
-import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from unittest import mock
@@ -111,8 +110,7 @@ class Compiled:
     @property
     def loops(self):
         """The machine code's loops: the names of their instructions."""
-        with _file(self.cubin) as path:
-            kernel = machine_code.instructions(machine_code.dump(path, "-sass"))
+        kernel = machine_code.instructions(machine_code.dump(self.cubin, "-sass"))
         return [[x.name for x in kernel[loop]] for loop in machine_code.loops(kernel)]
 
     @property
@@ -146,18 +144,9 @@ def compile_launch(launch, target):
     if target.backend != "cuda":
         return Compiled(0, 0, kernel.metadata.shared, kernel.asm["amdgcn"])
     cubin = kernel.asm["cubin"]
-    with _file(cubin) as path:
-        text = machine_code.dump(path, "--dump-resource-usage")
+    text = machine_code.dump(cubin, "--dump-resource-usage")
     registers, stack = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
     return Compiled(registers, stack, kernel.metadata.shared, kernel.asm["ptx"], cubin)
-
-
-@contextmanager
-def _file(cubin):
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        yield file.name
 
 
 def pooling_launches(d, depths, dtype):
