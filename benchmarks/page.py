@@ -17,8 +17,9 @@ Written by `python -m benchmarks.report` from the files in [benchmarks/results](
 but for "backbone alone": what ours would take if its head cost nothing.
 
 - **time**: the median of the rounds, on GPUs between two CUDA events.
-- **over ours**: how many times our time a side takes, on CPUs asked in every round, in which ours is timed just before, and the
-  median of that: a machine's memory is not equally fast from second to second, so it is not the quotient of two rows' times.
+- **over ours**: how many times our time a side takes, on CPUs asked in every round, and the median of that: a machine's memory
+  is not equally fast from second to second, so it is not the quotient of two rows' times. Right before each of the two a sum
+  over memory empties the caches of both.
 - **useful per second**: tokens of the sequences, without padding, a shared prompt's once for each of its responses; for experts
   and loss, sequences.
 - **of bandwidth**: the bytes that must move at least, per second, over what a sum (CPU) or a copy (GPU) of the same states
