@@ -98,7 +98,7 @@ bench: $(BUILT)
 	@mkdir -p benchmarks/results
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/cpu-$(TODAY).json
 	@find benchmarks/results -name 'cpu-*.json' ! -name '*-$(TODAY).json' -delete
-	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.report --readme README.md
 
 # What has not begun within the seconds is skipped: results are written at the end, and what counts most comes first. A case
 # that fails costs only itself.
@@ -108,7 +108,7 @@ bench-gpu: build-gpu
 	$(ON_GPU) -m pytest $(GPU_BENCHES) --benchmark-only --device cuda --within 400 \
 		--benchmark-json=benchmarks/results/$$name-$(TODAY).json || status=1; \
 	find benchmarks/results -name "$$name-*.json" ! -name '*-$(TODAY).json' -delete; \
-	$(ON_GPU) -m benchmarks.report || status=1; \
+	$(ON_GPU) -m benchmarks.report --readme README.md || status=1; \
 	exit $$status
 
 # Fails where our side has become slow beside eager.

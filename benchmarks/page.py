@@ -52,7 +52,7 @@ def page(runs: Sequence[Run], pictures: Sequence[Sequence[Path]], price_per_hour
     """
     sections = [INTRODUCTION]
     for run, files in zip(runs, pictures, strict=True):
-        sections += [f"## {run.device}", _machine(run)]
+        sections += [f"## {run.device}", f"{machine(run)}."]
         sections += [f"![{PICTURES[path.stem.rpartition('-')[2]]}]({path.name})" for path in files]
         sections += _cases(run)
         sections += ["### Scaling", SCALING, scaling_table(run)] if fits(run.entries) else []
@@ -84,7 +84,8 @@ def cost_per_million_tokens(tokens_per_second: float, price_per_hour: float) -> 
     return price_per_hour / (tokens_per_second * 3600) * 1e6
 
 
-def _machine(run: Run) -> str:
+def machine(run: Run) -> str:
+    """What a run was measured on and with, and when."""
     threads = sorted({entry.threads for entry in run.entries if entry.threads})
     said = [f"{run.machine.get('processor', 'unknown')}, {run.machine.get('cores')} cores"]
     said += [f"{' and '.join(map(str, threads))} threads"] if threads else []
@@ -92,7 +93,7 @@ def _machine(run: Run) -> str:
         f"{name} {run.machine[name]}" for name in ("python", "torch", "cuda", "triton") if name in run.machine
     ]
     measured = f"{run.date}, commit {run.commit}" if run.commit else run.date
-    return f"{', '.join(said)}; {measured}."
+    return f"{', '.join(said)}; {measured}"
 
 
 def _cases(run: Run) -> list[str]:

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.report [FILE ...]``: the README's table, and a page with everything and its pictures.
+"""``python -m benchmarks.report [FILE ...]``: the README's tables, and a page with everything and its pictures.
 
 Without files it reports every one in ``benchmarks/results``.
 """
@@ -13,9 +13,11 @@ from benchmarks import plots
 from benchmarks.case import OURS
 from benchmarks.entries import MAIN, Entry, Run
 from benchmarks.markdown import grid, megabytes, share, thousands, time, times
-from benchmarks.page import page, scaling_table
+from benchmarks.page import machine, page, scaling_table
 
 ROOT = Path(__file__).parent.parent
+# What stands between these lines of the README is written by this program.
+BEGIN, END = "<!-- measured: written by make bench and make bench-gpu -->", "<!-- end of measured -->"
 
 
 def table(path: str | Path) -> str:
@@ -53,6 +55,24 @@ def table(path: str | Path) -> str:
     return "\n\n".join(tables)
 
 
+def tables(paths: Sequence[Path]) -> str:
+    """Of each file its machine and its `table`."""
+    return "\n\n".join(f"{machine(Run.read(path))}:\n\n{table(path)}" for path in paths)
+
+
+def with_tables(readme: str, written: str) -> str:
+    """The README with these tables.
+
+    Raises:
+        ValueError: it does not hold the two lines between which tables stand.
+    """
+    before, begin, rest = readme.partition(f"{BEGIN}\n")
+    _, end, after = rest.partition(f"\n{END}\n")
+    if not begin or not end:
+        raise ValueError(f"expected a line {BEGIN!r} and after it a line {END!r}")
+    return f"{before}{begin}\n{written}\n{end}{after}"
+
+
 def _largest(run: Run) -> list[tuple[tuple[str, str], dict[str, Entry]]]:
     """Of `Run.operations` one size of each case, dtype and work, in their order."""
 
@@ -85,13 +105,14 @@ def price(text: str) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the page and its pictures, print each file's table and exponents."""
+    """Write the page and its pictures, and the README's tables if asked to; print each file's table and exponents."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument(
         "files", nargs="*", type=Path, metavar="FILE", help="default: benchmarks/results/*.json"
     )
     parser.add_argument("--price-per-hour", type=price, default=1.0, help="of the machine, in any currency")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where page and pictures go")
+    parser.add_argument("--readme", type=Path, help="whose tables are replaced by these")
     given = parser.parse_args(arguments)
     files = given.files or sorted((ROOT / "benchmarks" / "results").glob("*.json"))
     if given.docs.exists() and not given.docs.is_dir():
@@ -106,6 +127,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pictures = [plots.draw(run, given.docs) for run in runs]
     text = page(runs, pictures, given.price_per_hour)
     (given.docs / "benchmarks.md").write_text(text, encoding="utf-8")
+    if given.readme:
+        try:
+            readme = with_tables(given.readme.read_text(encoding="utf-8"), tables(files))
+        except (OSError, ValueError) as error:
+            parser.error(f"--readme: {given.readme}: {error}")
+        given.readme.write_text(readme, encoding="utf-8")
     for path, run in zip(files, runs, strict=True):
         print(f"{run.device}, {run.date}:\n\n{table(path)}\n\n{scaling_table(run)}\n")
 

@@ -228,6 +228,27 @@ def test_the_command_prints_the_readmes_table_of_each_file(page_of, tmp_path, ca
     assert all(report.table(tmp_path / name) in printed for name in ("0.json", "1.json"))
 
 
+def test_the_readmes_tables_are_replaced_by_those_of_every_file(page_of, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\n\nolder tables\n\n{report.END}\nafter\n")
+    made = [[synthetic.benchmark(OURS, x), synthetic.benchmark("eager", 6e-3)] for x in (2e-3, 3e-3)]
+    for _ in range(2):  # once more changes nothing
+        page_of(*made, arguments=["--readme", str(readme)])
+        tables = report.tables([tmp_path / "0.json", tmp_path / "1.json"])
+        assert readme.read_text() == f"before\n{report.BEGIN}\n\n{tables}\n\n{report.END}\nafter\n"
+    assert tables.count("2.00 ms") == tables.count("3.00 ms") == 1
+
+
+@pytest.mark.parametrize("text", ["", f"{report.BEGIN}\n", f"{report.END}\n{report.BEGIN}\n"])
+def test_a_readme_without_a_place_for_tables_is_refused_and_kept(page_of, tmp_path, capsys, text):
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    with pytest.raises(SystemExit):
+        page_of([synthetic.benchmark(OURS, 2e-3)], arguments=["--readme", str(readme)])
+    assert f"--readme: {readme}: expected a line '<!-- measured" in capsys.readouterr().err
+    assert readme.read_text() == text
+
+
 @pytest.mark.parametrize("text", [None, "", "{", "[]", '{"benchmarks": [{}]}'])
 def test_what_is_no_results_file_is_named(tmp_path, text, capsys):
     path = tmp_path / "mine.json"
