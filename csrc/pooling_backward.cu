@@ -22,29 +22,40 @@ void launch_spread(const Stream& stream, const char* operation, int width, Kerne
     launch(stream, operation, grid, SPREAD_THREADS, 0, kernel, call);
 }
 
-// Stages of the ring, 0 where there is none.
-template <class T, Pass PASS>
-int scan_backward_stages(int64_t d, int64_t depths, const RowPlan& plan) {
+// With four states, 16 columns of a thread do not fit its registers.
+template <class T, int W, int C, int K>
+constexpr bool HAS_BACKWARD_RING = HAS_RING<W, K> && (C == COLUMNS<T> || K < 4);
+
+// Stages of the ring whose threads have C columns, 0 where there is none.
+template <class T, Pass PASS, int C>
+int scan_backward_stages(int64_t d, int64_t depths) {
     int stages = 0;
     with_pass<T, PASS>(d, depths, [&](auto width, auto depths) {
-        constexpr int W = width, K = depths, C = COLUMNS<T>;
-        if constexpr (HAS_RING<W, K>)
-            if (plan.blocks == 1)
-                stages = ring_stages<ScanBackwardShared<T, W, C, K>>(d, plan, SCAN_THREADS<W, K>, "views_backward");
+        constexpr int W = width, K = depths;
+        if constexpr (HAS_BACKWARD_RING<T, W, C, K>) {
+            constexpr int most_threads = BACKWARD_THREADS<W, C, K>;
+            stages = ring_stages<ScanBackwardShared<T, W, C, K>>(d, whole_row(d, C), most_threads, "views_backward");
+        }
     });
     return stages;
+}
+
+template <class T, int W, int C, int K, Pass PASS>
+void launch_ring_backward(const Stream& stream, const RowPlan& plan, const ScanBackwardArguments<T>& call) {
+    if constexpr (HAS_BACKWARD_RING<T, W, C, K>) {
+        using Shared = ScanBackwardShared<T, W, C, K>;
+        launch_ring<Shared>(stream, "views_backward", plan, ring_scan_backward<T, W, C, K, PASS>, call);
+    }
 }
 
 template <class T, Pass PASS>
 void launch_scan_backward(const Stream& stream, const RowPlan& plan, const ScanBackwardArguments<T>& call) {
     with_pass<T, PASS>(call.features, call.depths, [&](auto width, auto depths) {
         constexpr int W = width, K = depths, C = COLUMNS<T>;
-        using Shared = ScanBackwardShared<T, W, C, K>;
-        if constexpr (HAS_RING<W, K>)
-            if (call.stages)
-                return launch_ring<Shared>(stream, "views_backward", plan, ring_scan_backward<T, W, C, K, PASS>, call);
-        launch(stream, "views_backward", dim3(unsigned(call.layout.num_chunks), plan.blocks), plan.threads, sizeof(Shared),
-               scan_backward<T, W, C, K, PASS>, call);
+        if (call.stages && plan.columns == C) return launch_ring_backward<T, W, C, K, PASS>(stream, plan, call);
+        if (call.stages) return launch_ring_backward<T, W, RING_COLUMNS<T>, K, PASS>(stream, plan, call);
+        launch(stream, "views_backward", dim3(unsigned(call.layout.num_chunks), plan.blocks), plan.threads,
+               sizeof(ScanBackwardShared<T, W, C, K>), scan_backward<T, W, C, K, PASS>, call);
     });
 }
 
@@ -57,7 +68,12 @@ void launch_views_backward(const ViewsBackward& call, const Stream& stream) {
         const Layout& layout = call.layout;
         const int64_t chunks = layout.num_chunks, d = call.features, depths = call.depths;
         const bool shared = layout.num_groups != layout.num_sequences;
-        const RowPlan plan = backward_plan<T>(d, depths);
+        RowPlan plan = backward_plan<T>(d, depths);
+        int stages = scan_backward_stages<T, PASS, COLUMNS<T>>(d, depths);
+        if (plan.blocks > 1) {
+            stages = scan_backward_stages<T, PASS, RING_COLUMNS<T>>(d, depths);
+            if (stages) plan = whole_row(d, RING_COLUMNS<T>);
+        }
         const bool wide = plan.blocks > 1;
         const int64_t per_token = chunks * CHUNK_TOKENS;
         const Scratch<A> scratch(stream, {shared ? per_token : 0, shared ? per_token : 0, wide ? per_token : 0,
@@ -66,7 +82,7 @@ void launch_views_backward(const ViewsBackward& call, const Stream& stream) {
         scan.layout = layout;
         scan.features = int(d);
         scan.depths = int(depths);
-        scan.stages = scan_backward_stages<T, PASS>(d, depths, plan);
+        scan.stages = stages;
         scan.response_only = call.response_only;
         scan.shared = shared;
         scan.states = Tensors<const T>::from(call.states, depths);

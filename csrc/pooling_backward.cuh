@@ -25,6 +25,10 @@ struct ScanBackwardArguments {
     A* grad_weight_parts;                           // [N, d]
 };
 
+// At most, of a block: 168 registers a thread where it has 16 columns.
+template <int W, int C, int K>
+constexpr int BACKWARD_THREADS = C > 8 ? 384 : SCAN_THREADS<W, K>;
+
 // Tokens that a block works on together.
 template <class T, int C, int K>
 constexpr int BACKWARD_TOKENS = K * C * int(sizeof(T)) <= 48 ? 2 : 1;
@@ -33,8 +37,8 @@ template <class T, int W, int C, int K>
 struct alignas(16) ScanBackwardShared {
     static constexpr int TOKENS = BACKWARD_TOKENS<T, C, K>;
     using Ring = RowRing<T, TOKENS, K>;  // that follows in shared memory, if there is one
-    BlockSums<arithmetic<T>, 2 * TOKENS, SCAN_THREADS<W, K> / WARP> dots;
-    BlockSums<arithmetic<T>, MAX_DEPTHS, SCAN_THREADS<W, K> / WARP> grad_alpha;
+    BlockSums<arithmetic<T>, 2 * TOKENS, BACKWARD_THREADS<W, C, K> / WARP> dots;
+    BlockSums<arithmetic<T>, MAX_DEPTHS, BACKWARD_THREADS<W, C, K> / WARP> grad_alpha;
     int8_t roles[CHUNK_TOKENS];
 };
 
@@ -85,7 +89,7 @@ __device__ void scan_chunk_backward(const ScanBackwardArguments<T>& call) {
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
             rows[t] = start_of(step + t);
-            valid[t] = step + t < chunk.count;
+            valid[t] = TOKENS == 1 || step + t < chunk.count;
             response[t] = is_response(step + t);
             seen[t] = is_seen(step + t);
             const auto row = [&](int k) { return RING ? ring.row(t, k) : call.states.of[k] + rows[t]; };
@@ -167,13 +171,13 @@ __device__ void scan_chunk_backward(const ScanBackwardArguments<T>& call) {
 
 // Grid (chunks, blocks of features: 1 unless the logits are given).
 template <class T, int W, int C, int K, Pass PASS>
-__global__ void __launch_bounds__(SCAN_THREADS<W, K>, 1) scan_backward(ScanBackwardArguments<T> call) {
+__global__ void __launch_bounds__(BACKWARD_THREADS<W, C, K>, 1) scan_backward(ScanBackwardArguments<T> call) {
     scan_chunk_backward<T, W, C, K, PASS, false>(call);
 }
 
 // The same, states by the copy engine. Grid (chunks).
 template <class T, int W, int C, int K, Pass PASS>
-__global__ void __launch_bounds__(SCAN_THREADS<W, K>, 1) ring_scan_backward(ScanBackwardArguments<T> call) {
+__global__ void __launch_bounds__(BACKWARD_THREADS<W, C, K>, 1) ring_scan_backward(ScanBackwardArguments<T> call) {
 #if ADAJUDGE_HAS_COPY_ENGINE
     scan_chunk_backward<T, W, C, K, PASS, true>(call);
 #else

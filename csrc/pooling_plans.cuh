@@ -88,7 +88,8 @@ void with_pass(int64_t d, int64_t depths, Body body) {
 // -- Rows by the copy engine ----------------------------------------------------------------------------------------
 
 // Columns of a thread: registers hold little of what is under way, so there is room for the sums of twice as many, and two
-// blocks of the usual widths share a multiprocessor: one starts and ends while the other reads.
+// blocks of the usual widths share a multiprocessor: one starts and ends while the other reads. In the backward they serve
+// rows that are too long otherwise.
 template <class T>
 constexpr int RING_COLUMNS = 2 * COLUMNS<T>;
 constexpr int MOST_STAGES = 8;

@@ -36,9 +36,11 @@ def test_cpu_kernels_agree_with_doubles_and_stay_within_their_buffers(program):
         ("cuda80-forward", ["264"], ["float32", "bfloat16"]),
         ("cuda90-backward", ["16", "264"], ["float32", "float16"]),
         ("cuda80-random", ["33", "2049"], ["float64"]),
+        ("cuda90-random", ["4104"], ["bfloat16"]),
     ],
 )
 def test_cuda_kernels_agree_with_doubles_and_stay_within_their_buffers(program, place, widths, dtypes):
-    """Emulated: one warp, several, rows by the copy engine, and rows that no block holds whole; every dtype once."""
+    """Emulated: one warp, several, rows by the copy engine, also with twice the columns a thread, and rows that no block holds
+    whole; every dtype once."""
     result = run(program, [place, *dtypes], widths)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -18,7 +18,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 REGISTERS, MOST_THREADS, WARP = 65536, 2048, 32
 SHARED_OF_BLOCK, SHARED_OF_MULTIPROCESSOR, SHARED_RESERVED = 227 << 10, 228 << 10, 1 << 10
 # csrc/pooling_plans.cuh; what a block has beside its ring, at most.
-MOST_SCAN_THREADS, MOST_STAGES, SHARED_OF_SUMS = 512, 8, 2 << 10
+MOST_STAGES, SHARED_OF_SUMS = 8, 2 << 10
 
 
 class Kernel(NamedTuple):
@@ -86,6 +86,11 @@ class Variant(NamedTuple):
         return self.features // self.columns
 
     @property
+    def most_threads(self):
+        """SCAN_THREADS, BACKWARD_THREADS."""
+        return 384 if self.kernel.endswith("backward") and self.columns > 8 else 512
+
+    @property
     def tokens(self):
         """SCAN_TOKENS, BACKWARD_TOKENS."""
         of_thread = self.depths * self.columns * self.size
@@ -101,7 +106,7 @@ class Variant(NamedTuple):
 
     def blocks_and_stages(self):
         """``ring_stages``, which blocks fit by their registers, on a multiprocessor of sm_90."""
-        for blocks in range(MOST_SCAN_THREADS // self.threads, 0, -1):
+        for blocks in range(self.most_threads // self.threads, 0, -1):
             room = min(SHARED_OF_BLOCK, SHARED_OF_MULTIPROCESSOR // blocks - SHARED_RESERVED) - SHARED_OF_SUMS
             stages = min(MOST_STAGES, room // (self.step_bytes + 8))
             if stages > 1:
@@ -135,6 +140,7 @@ RINGS = [
     Variant("ring_scan_backward", "bf16", 8, 3, 1024),
     Variant("ring_scan_backward", "bf16", 8, 3, 4096),
     Variant("ring_scan_backward", "bf16", 8, 4, 4096),
+    Variant("ring_scan_backward", "bf16", 16, 3, 5120),
     Variant("ring_scan_backward", "fp32", 8, 3, 4096),
 ]
 

@@ -43,11 +43,11 @@ def without(file: str, text: str, **others) -> Mutation:
     return Mutation(file, text, "", **others)
 
 
-def asked_before(file: str, barrier: str, source: str) -> Mutation:
+def asked_before(file: str, barrier: str, source: str, width: str = "264") -> Mutation:
     """The next rows are asked for before the barrier that tells that those in their place have been read."""
     ask = "if constexpr (RING) ask(step + call.stages * TOKENS);\n"
     indent = " " * (len(barrier) - len(barrier.lstrip()))
-    return Mutation(file, barrier + indent + ask, indent + ask + barrier, source, "264")
+    return Mutation(file, barrier + indent + ask, indent + ask + barrier, source, width)
 
 
 MUTATIONS = {
@@ -79,7 +79,7 @@ MUTATIONS = {
     ),
     "no mask at a chunk's end, backward": Mutation(
         "pooling_backward.cuh",
-        "valid[t] = step + t < chunk.count;",
+        "valid[t] = TOKENS == 1 || step + t < chunk.count;",
         "valid[t] = true;",
         source="pooling_backward",
         beyond=True,
@@ -126,6 +126,12 @@ MUTATIONS = {
         "pooling_backward.cuh",
         "            shared.dots.sum(dots, step / TOKENS);\n",
         "pooling_backward",
+    ),
+    "a stage refilled while it is read, backward, long rows": asked_before(
+        "pooling_backward.cuh",
+        "            shared.dots.sum(dots, step / TOKENS);\n",
+        "pooling_backward",
+        "4104",
     ),
     "no barrier before warps' shares are added": Mutation(
         "experts.cuh",

@@ -102,6 +102,13 @@ def test_any_number_of_features(operation, d, device):
     compare(operation, operation.draw(batch, d, 2), batch, "packed", torch.float32, device)
 
 
+@pytest.mark.parametrize("d", [5120, 8192])
+def test_long_sequences_of_wide_rows(d, device):
+    """As models of ten billion weights and more have them."""
+    operation = views("all")
+    compare(operation, operation.draw(LONG, d, 3), LONG, "shared", torch.bfloat16, device)
+
+
 @rowwise
 @dtypes
 @pytest.mark.parametrize("rows", [1, 7, 18 if INTERPRETED else 64])
