@@ -18,7 +18,7 @@ CASE(rms_norm) {
         for (int64_t i = 0; updated && i < rows * d; ++i) sums[i] += update[i];
         if (updated) expect_near("total", total, sums, 1, 1);
         for (int64_t row = 0; row < rows; ++row) {
-            double squares = 0;
+            long double squares = 0;  // doubles are no measure of doubles: d additions
             // The norm is of what is stored, rounded.
             const auto u = [&](int64_t j) { return updated ? total[row * d + j] : sums[row * d + j]; };
             for (int64_t j = 0; j < d; ++j) squares += u(j) * u(j);
